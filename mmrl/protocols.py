@@ -1,0 +1,232 @@
+"""What the parts of mmrl promise one another. A part knows nothing but these.
+
+Adding a policy, simulator, tool, reward or algorithm means one new file with a class that keeps one of these promises, a nested
+``Config`` (a pydantic dataclass), and one YAML that names it as ``target: package.module:Name``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from mmrl.types import ActionSpec, Batch, Decision, Evaluation, Examples, Loss, Observation, Rollout, Step
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """``num_envs`` episodes in lock-step. Built as ``cls(config, num_envs=..., device=...)``.
+
+    A task id (int64) and the config determine an episode completely: layout, instruction, every random event in it. The same id
+    gives the same episode in any slot, for any ``num_envs``; a group for GRPO is one id in G slots.
+    """
+
+    num_envs: int
+    action_spec: ActionSpec
+    max_steps: int  # actions until truncation, the longest of the tasks in the mixture
+
+    def reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Observation:
+        """Start the episodes ``task_ids_B`` in the slots where ``where_B`` is True (None: all); observations of all slots."""
+        ...
+
+    def step(self, actions_BCA: Tensor) -> Step:
+        """Execute C actions per slot. Slots that are done ignore actions until they are reset."""
+        ...
+
+    def family_of(self, task_ids_M: Tensor) -> tuple[str, ...]:
+        """The name under which each task is reported (a task family, a suite); one word per task id."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class ExpertEnvironment(Protocol):
+    """An environment that knows how its tasks are solved."""
+
+    def expert_action(self) -> Tensor:
+        """The scripted expert's next action in each slot, from privileged state: [B, A]."""
+        ...
+
+
+@runtime_checkable
+class RenderEnvironment(Protocol):
+    """An environment that can show itself to a person."""
+
+    def render_video(self, index_M: Tensor) -> Tensor:
+        """A frame of each of the slots ``index_M``, as large as a person wants it: uint8 [M, height, width, 3]."""
+        ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Decides, and can say again how likely each decision was. Built as ``cls(config, device=...)``.
+
+    Knows no reward, advantage, algorithm or simulator. ``version`` counts optimizer steps; the trainer sets it.
+    """
+
+    version: int
+
+    def act(self, observation: Observation, generator: torch.Generator, *, explore: bool) -> Decision:
+        """Decide for B observations without gradients. ``explore=False`` is the deterministic policy used for evaluation."""
+        ...
+
+    def trainable(self) -> Mapping[str, Sequence[nn.Parameter]]:
+        """Trained parameters by group name (``actor``, ``critic``, ``noise_head``...); an optimizer config keys on the names."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write everything a fresh process needs to load this policy (safetensors and json, no pickle)."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any: ...
+
+    def fingerprint(self) -> str:
+        """Architecture in one line: two policies with equal fingerprints can exchange state dicts."""
+        ...
+
+    def training(self, enabled: bool) -> AbstractContextManager[None]:
+        """Autocast and module modes for a scope that trains (True) or acts (False)."""
+        ...
+
+    def example_observation(self, batch_size: int) -> Observation:
+        """A valid random observation, for contract tests and dry runs."""
+        ...
+
+
+@runtime_checkable
+class LikelihoodPolicy(Policy, Protocol):
+    """Its decisions have units with a log-probability."""
+
+    def pack(self, rollout: Rollout) -> Mapping[str, Tensor]:
+        """The rollout's trace as [N, ...] tensors, N = valid decisions in (T, B) order: what ``evaluate`` takes."""
+        ...
+
+    def evaluate(self, trace: Mapping[str, Tensor]) -> Evaluation:
+        """Score decisions again, with gradients. At unchanged weights the numbers equal those of ``act``."""
+        ...
+
+    def reference(self) -> LikelihoodPolicy:
+        """A frozen copy of the policy as it is now (or its base without the adapter), for KL terms."""
+        ...
+
+
+@runtime_checkable
+class ValuePolicy(Protocol):
+    """It has a critic."""
+
+    has_critic: bool
+
+    def value(self, observation: Observation, generator: torch.Generator) -> Tensor:
+        """The critic's estimate for B observations, without gradients: [B]. The same function ``act`` and ``evaluate`` use."""
+        ...
+
+
+@runtime_checkable
+class SupervisedPolicy(Protocol):
+    """It can imitate."""
+
+    horizon: int  # H, the actions an example needs
+
+    def supervised_loss(self, examples: Examples, generator: torch.Generator) -> Loss: ...
+
+
+@runtime_checkable
+class VelocityPolicy(Protocol):
+    """It exposes its velocity field, for algorithms that regress it (flow matching, DiffusionNFT, AWM)."""
+
+    def velocity(self, trace: Mapping[str, Tensor], x_t: Tensor, t_B: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class DataContext:
+    """What a data source may ask of the run: environments like the run's (with overrides), the chunk length, seed, device."""
+
+    make_environment: Callable[[int, Mapping[str, Any]], Environment]
+    horizon: int
+    seed: int
+    device: torch.device
+
+
+@runtime_checkable
+class ExampleSource(Protocol):
+    """Gives supervised examples. Built as ``cls(config, context=DataContext)``."""
+
+    def batch(self, size: int) -> Examples:
+        """The next ``size`` examples; the order depends on the seed and the cursor alone."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """The cursor, as tensors, such that a resumed run draws what an unbroken run would have drawn."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any: ...
+
+
+class Algorithm(Protocol):
+    """Turns what was collected into a loss. Built as ``cls(config)``. Knows no model class and no logger."""
+
+    needs: ClassVar[frozenset[str]]  # of {"rollout", "examples", "critic", "likelihood"}
+
+
+@runtime_checkable
+class RolloutAlgorithm(Algorithm, Protocol):
+    """An algorithm that learns from its own rollouts."""
+
+    epochs: int
+    minibatches: int
+    group_size: int  # G episodes of one task; 1 where the algorithm compares nothing
+    reference_kl: bool  # whether ``loss`` reads Batch.reference_log_probs_NK
+
+    def advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Mapping[str, float]]:
+        """(advantages_TB, returns_TB, keep_TB, metrics): keep_TB is valid_TB less what the algorithm filters out."""
+        ...
+
+    def loss(self, policy: LikelihoodPolicy, batch: Batch, *, total: BatchTotals) -> Loss:
+        """This micro-batch's share of the mini-batch's loss; shares add up to the loss of the whole mini-batch."""
+        ...
+
+
+@runtime_checkable
+class SupervisedAlgorithm(Algorithm, Protocol):
+    """An algorithm that learns from examples."""
+
+    batch_size: int
+
+    def loss(self, policy: SupervisedPolicy, examples: Examples, *, share: float, generator: torch.Generator) -> Loss: ...
+
+
+@dataclass(frozen=True)
+class BatchTotals:
+    """What a micro-batch must divide by so that micro-batch losses add up: units and samples of the whole mini-batch."""
+
+    units: int
+    samples: int
+
+
+class Tool(Protocol):
+    """A typed function offered to a model; its schema comes from its hints and docstring."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class Reward(Protocol):
+    """Scores a whole rollout's episodes; a failed score is NaN, which masks the sample and is counted."""
+
+    def __call__(self, rollout: Rollout) -> Tensor: ...
+
+
+class Progress(Protocol):
+    """Where long work reports to; the CLI shows it, tests ignore it."""
+
+    def track(self, title: str, total: int) -> AbstractContextManager[Callable[[int, str], None]]: ...
+
+
+Stream = Iterator[Mapping[str, float]]

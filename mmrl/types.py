@@ -1,0 +1,298 @@
+"""The values that flow through mmrl: frozen, and shape-checked once, when they are made.
+
+Shape letters, here and in every name: B samples (or environments), T decisions of an episode, K units of a decision (tokens or
+denoising steps), C executed actions of a chunk, H predicted actions of a chunk, A action dimensions, S state dimensions,
+P prompts (tasks), G group size, N decisions of a batch after the invalid ones are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+class ShapeError(ValueError):
+    """A tensor does not have the shape its name promises."""
+
+
+def _expect(owner: str, name: str, value: Tensor, *shape: int | None) -> None:
+    """Raise ShapeError unless ``value.shape`` starts with ``shape`` (None matches anything) and has no fewer axes."""
+    actual = tuple(value.shape)
+    wanted = len(actual) >= len(shape) and all(w is None or w == a for w, a in zip(shape, actual, strict=False))
+    if not wanted:
+        raise ShapeError(f"{owner}.{name} has shape {actual}, expected {shape} (None: any size)")
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """What an environment accepts: ``dim`` numbers between ``low`` and ``high`` (one bound per dimension)."""
+
+    dim: int
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.low) != self.dim or len(self.high) != self.dim:
+            raise ShapeError(f"ActionSpec has dim {self.dim} but {len(self.low)} lower and {len(self.high)} upper bounds")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What B environments show at one moment.
+
+    images: camera name -> uint8 [B, height, width, 3]. state: float32 [B, S] or None. instructions: B sentences.
+
+    >>> import torch
+    >>> o = Observation({"front": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}, torch.zeros(2, 4), ("reach red", "push blue"))
+    >>> o.select(torch.tensor([1])).instructions
+    ('push blue',)
+    """
+
+    images: Mapping[str, Tensor]
+    state: Tensor | None
+    instructions: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        b = len(self.instructions)
+        for camera, image in self.images.items():
+            _expect("Observation", f"images[{camera!r}]", image, b, None, None, 3)
+            if image.dtype != torch.uint8:
+                raise ShapeError(f"Observation.images[{camera!r}] is {image.dtype}, expected torch.uint8")
+        if self.state is not None:
+            _expect("Observation", "state", self.state, b, None)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.instructions)
+
+    def select(self, index_N: Tensor) -> Observation:
+        """The rows ``index_N`` (int64 [N]), in that order."""
+        return Observation(
+            {name: image[index_N] for name, image in self.images.items()},
+            None if self.state is None else self.state[index_N],
+            tuple(self.instructions[i] for i in index_N.tolist()),
+        )
+
+    def to(self, device: torch.device) -> Observation:
+        return Observation(
+            {name: image.to(device) for name, image in self.images.items()},
+            None if self.state is None else self.state.to(device),
+            self.instructions,
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[Observation]) -> Observation:
+        """Stack along the batch axis; all parts share cameras and state size."""
+        return Observation(
+            {name: torch.cat([p.images[name] for p in parts]) for name in parts[0].images},
+            None if parts[0].state is None else torch.cat([p.state for p in parts if p.state is not None]),
+            tuple(sentence for p in parts for sentence in p.instructions),
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy decided for B observations, and everything needed to score it again.
+
+    action_BCA: the chunk to execute. trace: name -> tensor [B, ...], all that ``evaluate`` reads. log_probs_BK and mask_BK: one
+    column per unit (token, denoising step, or chunk entry; the policy says which), mask True where the unit is trained.
+    values_B: the critic's estimate, or None. policy_version: optimizer steps the policy had taken.
+    """
+
+    action_BCA: Tensor
+    trace: Mapping[str, Tensor]
+    log_probs_BK: Tensor
+    mask_BK: Tensor
+    values_B: Tensor | None
+    policy_version: int = 0
+
+    def __post_init__(self) -> None:
+        b = self.action_BCA.shape[0]
+        _expect("Decision", "action_BCA", self.action_BCA, b, None, None)
+        _expect("Decision", "log_probs_BK", self.log_probs_BK, b, None)
+        _expect("Decision", "mask_BK", self.mask_BK, *self.log_probs_BK.shape)
+        if self.values_B is not None:
+            _expect("Decision", "values_B", self.values_B, b)
+        for name, value in self.trace.items():
+            _expect("Decision", f"trace[{name!r}]", value, b)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What followed a chunk of C actions in B environments.
+
+    observation: after the chunk, before any reset (so it is the final observation of an environment that is done).
+    rewards_BC and valid_BC: per executed action; an environment that ends inside the chunk ignores the rest (valid False, reward 0).
+    terminated_B: the task ended by itself (success or failure). truncated_B: the time limit ended it; never both.
+    metrics: name -> float tensor [B]; ``success`` (0 or 1, at this moment) is always there.
+    """
+
+    observation: Observation
+    rewards_BC: Tensor
+    valid_BC: Tensor
+    terminated_B: Tensor
+    truncated_B: Tensor
+    metrics: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        b = self.observation.batch_size
+        _expect("Step", "rewards_BC", self.rewards_BC, b, None)
+        _expect("Step", "valid_BC", self.valid_BC, *self.rewards_BC.shape)
+        for name in ("terminated_B", "truncated_B"):
+            _expect("Step", name, getattr(self, name), b)
+        if "success" not in self.metrics:
+            raise ShapeError("Step.metrics lacks 'success'; every environment reports it")
+        for name, value in self.metrics.items():
+            _expect("Step", f"metrics[{name!r}]", value, b)
+
+    @property
+    def done_B(self) -> Tensor:
+        return self.terminated_B | self.truncated_B
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """T decisions of each of B environments, lock-step; the input of every advantage estimator.
+
+    Worked example: T = 2, B = 1, one environment that succeeds with its second decision gives rewards_TB [[0.], [1.]],
+    valid_TB [[True], [True]], terminated_TB [[False], [True]], truncated_TB all False, values_TB [[0.4], [0.7]] and
+    next_values_TB [[0.7], [v]]: v is the value of the final observation, which termination makes irrelevant.
+
+    trace: name -> [T, B, ...]. valid_TB False marks decisions after the end of an episode (no auto-reset) - they carry no loss.
+    task_ids_TB: which task each decision belongs to. episodes: finished episodes, one row each (see EpisodeRecord).
+    """
+
+    trace: Mapping[str, Tensor]
+    log_probs_TBK: Tensor
+    mask_TBK: Tensor
+    rewards_TB: Tensor
+    values_TB: Tensor
+    next_values_TB: Tensor
+    valid_TB: Tensor
+    terminated_TB: Tensor
+    truncated_TB: Tensor
+    task_ids_TB: Tensor
+    episodes: EpisodeRecord
+    env_steps: int
+
+    def __post_init__(self) -> None:
+        t, b = self.rewards_TB.shape
+        _expect("Rollout", "log_probs_TBK", self.log_probs_TBK, t, b, None)
+        _expect("Rollout", "mask_TBK", self.mask_TBK, *self.log_probs_TBK.shape)
+        for name in ("values_TB", "next_values_TB", "valid_TB", "terminated_TB", "truncated_TB", "task_ids_TB"):
+            _expect("Rollout", name, getattr(self, name), t, b)
+        for name, value in self.trace.items():
+            _expect("Rollout", f"trace[{name!r}]", value, t, b)
+
+    @property
+    def decisions(self) -> int:
+        return int(self.valid_TB.sum())
+
+
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """M finished episodes: task id, undiscounted return, success, env steps, and any further metric at the end, each [M]."""
+
+    task_ids_M: Tensor
+    returns_M: Tensor
+    success_M: Tensor
+    lengths_M: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        m = self.task_ids_M.shape[0]
+        for name in ("returns_M", "success_M", "lengths_M"):
+            _expect("EpisodeRecord", name, getattr(self, name), m)
+        for name, value in self.metrics.items():
+            _expect("EpisodeRecord", f"metrics[{name!r}]", value, m)
+
+    @staticmethod
+    def concat(parts: Sequence[EpisodeRecord]) -> EpisodeRecord:
+        return EpisodeRecord(
+            *(torch.cat([getattr(p, name) for p in parts]) for name in ("task_ids_M", "returns_M", "success_M", "lengths_M")),
+            {name: torch.cat([p.metrics[name] for p in parts]) for name in parts[0].metrics},
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N decisions ready for a loss: what to score again, the rollout's numbers, and what they were worth.
+
+    advantages_N belongs to the decision; ``decision_of_unit`` is the identity here because each row is one decision, so a loss
+    scatters by ``advantages_N[:, None]``. old_values_N and returns_N are zero where the policy has no critic.
+    """
+
+    trace: Mapping[str, Tensor]
+    old_log_probs_NK: Tensor
+    mask_NK: Tensor
+    advantages_N: Tensor
+    returns_N: Tensor
+    old_values_N: Tensor
+    reference_log_probs_NK: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n = self.old_log_probs_NK.shape[0]
+        _expect("Batch", "mask_NK", self.mask_NK, *self.old_log_probs_NK.shape)
+        for name in ("advantages_N", "returns_N", "old_values_N"):
+            _expect("Batch", name, getattr(self, name), n)
+        if self.reference_log_probs_NK is not None:
+            _expect("Batch", "reference_log_probs_NK", self.reference_log_probs_NK, *self.old_log_probs_NK.shape)
+        for name, value in self.trace.items():
+            _expect("Batch", f"trace[{name!r}]", value, n)
+
+    def __len__(self) -> int:
+        return self.old_log_probs_NK.shape[0]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        """Apply ``fn`` to every tensor (to move it, or to index its rows)."""
+        changed = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                changed[f.name] = fn(value)
+            elif isinstance(value, Mapping):
+                changed[f.name] = {name: fn(tensor) for name, tensor in value.items()}
+        return replace(self, **changed)
+
+    def select(self, index: Tensor) -> Batch:
+        return self.map(lambda tensor: tensor[index])
+
+
+@dataclass(frozen=True)
+class Examples:
+    """B supervised examples: an observation and the H actions that followed it.
+
+    mask_BH is False where the demonstration had ended (the actions there are padding and carry no loss).
+    """
+
+    observation: Observation
+    actions_BHA: Tensor
+    mask_BH: Tensor
+
+    def __post_init__(self) -> None:
+        b = self.observation.batch_size
+        _expect("Examples", "actions_BHA", self.actions_BHA, b, None, None)
+        _expect("Examples", "mask_BH", self.mask_BH, b, self.actions_BHA.shape[1])
+
+    def __len__(self) -> int:
+        return self.observation.batch_size
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A policy's second look at N decisions, with gradients: log-probabilities, entropies and values of the same units."""
+
+    log_probs_NK: Tensor
+    entropy_NK: Tensor
+    values_N: Tensor | None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar to minimise and the numbers worth logging beside it (detached; floats or scalar tensors)."""
+
+    value: Tensor
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
