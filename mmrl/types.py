@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from mmrl.numerics.losses import Loss as Loss  # every part of mmrl finds it here
+
 
 class ShapeError(ValueError):
     """A tensor does not have the shape its name promises."""
@@ -288,11 +290,3 @@ class Evaluation:
     log_probs_NK: Tensor
     entropy_NK: Tensor
     values_N: Tensor | None
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A scalar to minimise and the numbers worth logging beside it (detached; floats or scalar tensors)."""
-
-    value: Tensor
-    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)

@@ -1,0 +1,175 @@
+"""Losses of policies and critics, and estimates of the divergence between two policies.
+
+A unit is a token, a denoising step or an entry of an action chunk: whatever has one log-probability. Letters: B samples, K units.
+Every loss takes ``normalizer``, the number it divides by. Give it the count of the whole mini-batch and the losses of its
+micro-batches add up to the loss of the whole; leave it out and the local count stands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mmrl.numerics import masked
+
+F = TypeVar("F")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar to minimise and the numbers worth logging beside it (detached; floats or scalar tensors)."""
+
+    value: Tensor
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+
+def clipped_surrogate(
+    log_probs_BK: Tensor,
+    old_log_probs_BK: Tensor,
+    advantages_BK: Tensor,
+    mask_BK: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+    ratio: str = "unit",
+    reduce: str = "unit_mean",
+    normalizer: float | None = None,
+) -> Loss:
+    """PPO's clipped objective (arXiv 1707.06347), to minimise: max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)).
+
+    advantages_BK may be [B, 1]. mask_BK (bool): the units that are trained; the others may hold anything.
+    ratio: ``unit``, each unit's own r = exp(new - old), or ``sequence`` (GSPO, arXiv 2507.18071), one per sample: exp of the mean
+    log-ratio over its units.
+    dual_clip (c > 1, arXiv 1912.09729): where A < 0 the loss is at most -c A, so that one unlikely unit cannot rule the batch.
+    reduce: ``unit_mean``, sum over units / number of units; ``sample_mean``, mean over each sample's units, summed over samples /
+    number of samples with a unit; ``constant``, sum over units / normalizer (Dr.GRPO), which must then be given.
+
+    metrics: ratio_min, ratio_max, clip_fraction (units where the clipped term decides, so they have no gradient), approx_kl (k3
+    estimate of KL(old || new) from unit ratios), each over the trained units.
+    """
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"clipped_surrogate's dual_clip is {dual_clip}; it bounds ratios from above, so use more than 1")
+    log_ratio_BK = masked.fill(log_probs_BK - old_log_probs_BK, mask_BK)
+    ratio_BK = _choose(_RATIOS, "ratio", ratio)(log_ratio_BK, mask_BK).exp()
+    free_BK = -advantages_BK * ratio_BK
+    clipped_BK = -advantages_BK * ratio_BK.clamp(1 - clip_low, 1 + clip_high)
+    loss_BK = torch.maximum(free_BK, clipped_BK)
+    if dual_clip is not None:
+        loss_BK = torch.where(advantages_BK < 0, torch.minimum(loss_BK, -dual_clip * advantages_BK), loss_BK)
+    value = _choose(_REDUCTIONS, "reduce", reduce)(loss_BK, mask_BK, normalizer)
+    with torch.no_grad():
+        metrics = {
+            "ratio_min": masked.min(ratio_BK, mask_BK),
+            "ratio_max": masked.max(ratio_BK, mask_BK),
+            "clip_fraction": masked.mean((clipped_BK > free_BK).to(ratio_BK.dtype), mask_BK),
+            "approx_kl": masked.mean(log_ratio_BK.expm1() - log_ratio_BK, mask_BK),
+        }
+    return Loss(value, metrics)
+
+
+def _sequence_log_ratio(log_ratio_BK: Tensor, mask_BK: Tensor) -> Tensor:
+    units_B1 = mask_BK.sum(dim=1, keepdim=True).clamp(min=1)
+    return (log_ratio_BK.sum(dim=1, keepdim=True) / units_B1).expand_as(log_ratio_BK)
+
+
+def _unit_mean(x_BK: Tensor, mask_BK: Tensor, normalizer: float | None) -> Tensor:
+    return masked.sum(x_BK, mask_BK) / (masked.count(x_BK, mask_BK) if normalizer is None else normalizer)
+
+
+def _sample_mean(x_BK: Tensor, mask_BK: Tensor, normalizer: float | None) -> Tensor:
+    units_B = mask_BK.sum(dim=1)
+    mean_B = masked.fill(x_BK, mask_BK).sum(dim=1) / units_B.clamp(min=1)
+    return mean_B.sum() / ((units_B > 0).sum().clamp(min=1) if normalizer is None else normalizer)
+
+
+def _constant(x_BK: Tensor, mask_BK: Tensor, normalizer: float | None) -> Tensor:
+    if normalizer is None:
+        raise ValueError("clipped_surrogate with reduce 'constant' divides by normalizer; pass it")
+    return masked.sum(x_BK, mask_BK) / normalizer
+
+
+_RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "unit": lambda log_ratio_BK, mask_BK: log_ratio_BK,
+    "sequence": _sequence_log_ratio,
+}
+_REDUCTIONS: dict[str, Callable[[Tensor, Tensor, float | None], Tensor]] = {
+    "unit_mean": _unit_mean,
+    "sample_mean": _sample_mean,
+    "constant": _constant,
+}
+
+
+def _choose(table: Mapping[str, F], argument: str, name: str) -> F:
+    if name not in table:
+        raise ValueError(f"{argument} {name!r} is unknown; use one of {', '.join(sorted(table))}")
+    return table[name]
+
+
+def importance_mismatch(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, max) of |new - old| over the kept units; both 0 at unchanged weights if rollout and training score alike."""
+    gap = (log_probs - old_log_probs).detach().abs()
+    return masked.mean(gap, mask), masked.fill(gap, mask).max()
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None,
+    huber_delta: float | None,
+    normalizer: float | None = None,
+) -> Loss:
+    """PPO's critic loss: the larger of h(R - V) and h(R - V_clip), V_clip = V_old + clamp(V - V_old, -clip, clip); any shape.
+
+    h(e) is Huber: e^2 / 2 up to |e| = huber_delta, linear beyond; huber_delta None is e^2 / 2 everywhere.
+    clip None leaves h(R - V). The sum over kept entries is divided by their number, or by ``normalizer``.
+    metrics: value_clip_fraction, the share of entries where the clipped term decides.
+    """
+    loss = _huber(returns - values, huber_delta)
+    clipped = torch.zeros_like(loss)
+    if clip is not None:
+        bounded = old_values + (values - old_values).clamp(-clip, clip)
+        clipped = _huber(returns - bounded, huber_delta)
+    fraction = masked.mean((clipped > loss).to(loss.dtype), mask)
+    return Loss(_unit_mean(torch.maximum(loss, clipped), mask, normalizer), {"value_clip_fraction": fraction})
+
+
+def _huber(error: Tensor, delta: float | None) -> Tensor:
+    if delta is None:
+        return 0.5 * error**2
+    size = error.abs()
+    return torch.where(size <= delta, 0.5 * error**2, delta * (size - 0.5 * delta))
+
+
+@torch.no_grad()
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) over the kept entries: 1 is a perfect critic, 0 a constant one, below 0 worse than that.
+
+    0 where the returns do not vary, since then there is nothing to explain.
+    """
+    total = masked.var(returns, mask)
+    left = masked.var(returns - values, mask)
+    return torch.where(total > 0, 1 - left / total, torch.zeros_like(total))
+
+
+def kl_estimate(log_probs: Tensor, reference: Tensor, kind: str = "k3") -> Tensor:
+    """Elementwise estimate of KL(policy || reference) from units the policy drew, with d = log policy - log reference.
+
+    ``k1`` d (unbiased, high variance); ``k2`` d^2 / 2 (biased, its gradient is that of the KL on-policy); ``k3`` exp(-d) - 1 + d
+    (unbiased, never negative). From J. Schulman, "Approximating KL Divergence" (2020).
+    """
+    return _choose(_KL_ESTIMATES, "kind", kind)(log_probs - reference)
+
+
+_KL_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda d: d,
+    "k2": lambda d: 0.5 * d**2,
+    "k3": lambda d: torch.expm1(-d) + d,
+}
