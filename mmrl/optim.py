@@ -1,4 +1,4 @@
-"""One optimizer step, done carefully: AdamW over named groups, a schedule, clipping, averaging, and refusal of non-finite updates.
+"""One optimizer step, done carefully: AdamW over named groups, a schedule, clipping, averaging, no update that is not finite.
 
 Everything numerical is a library's: ``torch.optim.AdamW``, ``torch.nn.utils`` for norms, ``torch.optim.swa_utils`` for the
 average, ``transformers.get_scheduler`` for the learning rate. What is added here is names: parameters are known as
@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import get_scheduler
 
-from mmrl.errors import CheckpointError, TrainingError
+from mmrl.errors import CheckpointError, ConfigError, TrainingError
 
 _CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 _WITHOUT_WARMUP = frozenset({"constant"})
@@ -101,7 +101,8 @@ class OptimizerConfig:
             raise ValueError(f"schedule is {self.schedule!r}; known schedules: {', '.join(SCHEDULES)}")
         if self.warmup and self.schedule in _WITHOUT_WARMUP:
             raise ValueError(
-                f"warmup is {self.warmup}, but schedule {self.schedule!r} has no warm-up; use 'constant_with_warmup' or set warmup to 0"
+                f"warmup is {self.warmup}, but schedule {self.schedule!r} has no warm-up; "
+                "use 'constant_with_warmup' or set warmup to 0"
             )
         if (self.min_lr_ratio is None) == (self.schedule in _WITH_FLOOR):
             takers = ", ".join(sorted(_WITH_FLOOR))
@@ -125,8 +126,8 @@ class Optimization:
     """Updates a policy's parameters, group by group; one per stage.
 
     ``parameters_by_group`` is what ``Policy.trainable()`` returns; groups without parameters are left out. ``total_updates`` is
-    where decaying schedules end. ``max_skipped`` overrides the config's. Raises ValueError for a configured group that is not
-    trained and for a parameter in two groups.
+    where decaying schedules end. ``max_skipped`` overrides the config's. Raises ConfigError for a configured group that is not
+    trained.
     """
 
     def __init__(
@@ -194,8 +195,8 @@ class Optimization:
         if self.skipped_in_a_row >= self._max_skipped:
             loss_text = str(loss) if loss is not None else ("finite" if loss_is_finite else "not finite")
             raise TrainingError(
-                f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite (last loss: {loss_text}, last "
-                f"gradient norm: {grad_norm}) after {self.updates} good ones; lower optimizer.lr or optimizer.clip_norm, "
+                f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite (last loss: {loss_text}, "
+                f"last gradient norm: {grad_norm}) after {self.updates} good ones; lower optimizer.lr or optimizer.clip_norm, "
                 "or train in float32, and resume from the last checkpoint"
             )
 
@@ -208,7 +209,7 @@ class Optimization:
 
     @contextmanager
     def ema_scope(self) -> Iterator[None]:
-        """Within the scope the parameters hold their moving averages (without ``ema``, nothing changes); then what they held before."""
+        """Parameters hold their moving averages within the scope and what they held before after it (no ``ema``: no change)."""
         if self._config.ema is None:
             yield
             return
@@ -272,7 +273,9 @@ class Optimization:
     def _check_fits(self, tensors: Mapping[str, Tensor]) -> None:
         known = {f"{name}/{key}" for name in self._named for key in _MOMENTS}
         averages = {f"{name}/ema" for name in self._named} if self._averages else set()
-        unexpected, missing = sorted(tensors.keys() - known - averages), sorted(averages - tensors.keys())
+        begun = {name for name in self._named if any(f"{name}/{key}" in tensors for key in _MOMENTS)}
+        needed = averages | {f"{name}/{key}" for name in begun for key in _MOMENTS}
+        unexpected, missing = sorted(tensors.keys() - known - averages), sorted(needed - tensors.keys())
         if unexpected or missing:
             problem = f"holds {unexpected[0]!r}" if unexpected else f"lacks {missing[0]!r}"
             raise CheckpointError(
@@ -308,10 +311,10 @@ def _groups_text(named: Mapping[str, nn.Parameter]) -> str:
 
 def _check_groups(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
     if not groups:
-        raise ValueError("the policy trains no parameters; set its train option to one that does")
+        raise ConfigError("the policy trains no parameters; set its train option to one that does")
     unknown = [name for name in config.groups if name not in groups]
     if unknown:
-        raise ValueError(
+        raise ConfigError(
             f"optimizer.groups.{unknown[0]} configures a group the policy does not train; it trains: {', '.join(groups)}"
         )
     owner: dict[int, str] = {}
