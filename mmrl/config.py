@@ -1,0 +1,294 @@
+"""A run's configuration: YAML, plus ``a.b=c`` overrides, to a validated and frozen ``RunConfig``.
+
+OmegaConf reads the file and resolves interpolations, pydantic validates. The fields below and the ``Config`` of each component
+are the only places where a default stands. Every error is a sentence that names the file and the dotted key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from mmrl.component import Component, Problems, jsonable, merge, validate
+from mmrl.errors import ConfigError
+from mmrl.optim import OptimizerConfig
+
+__all__ = ["Component", "OptimizerConfig", "RunConfig", "dump", "load"]
+
+
+def _device(value: str) -> str:
+    if value != "auto":
+        try:
+            torch.device(value)
+        except RuntimeError as error:
+            raise ValueError(f"'{value}' is no torch device; write auto, cpu, cuda or cuda:1") from error
+    return value
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class CollectConfig(_Block):
+    """How a stage gathers its own experience."""
+
+    num_envs: PositiveInt
+    """Environments that run in lock-step."""
+    decisions: PositiveInt
+    """Decisions of each environment per iteration."""
+    execute: PositiveInt | None = None
+    """Actions executed of each predicted chunk; null executes the policy's whole chunk."""
+    auto_reset: bool = True
+    """Whether an environment whose episode ended starts another within the same iteration."""
+
+
+class SupervisedConfig(_Block):
+    """A supervised term that rides on a stage that learns from its own rollouts."""
+
+    data: Component
+    """Where the examples come from."""
+    batch_size: PositiveInt
+    """Examples per update."""
+    weight: float | Annotated[list[float], Field(min_length=2, max_length=2)] = 0.2
+    """Weight of the term; [from, to] moves linearly over the stage."""
+
+
+class StageConfig(_Block):
+    """One stage of a run: an algorithm, what it learns from, and for how long."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
+    """Name in metrics, reports and overrides (``stages.NAME.optimizer.lr=1e-4``)."""
+    algorithm: Component
+    """What turns experience or examples into a loss."""
+    iterations: PositiveInt
+    """How often the stage collects (or draws) and updates."""
+    collect: CollectConfig | None = None
+    """Needed by algorithms that learn from rollouts."""
+    data: Component | None = None
+    """Needed by algorithms that learn from examples."""
+    supervised: SupervisedConfig | None = None
+    """A supervised term beside the algorithm's own loss."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """Optimizer, parameter groups and learning-rate schedule."""
+    policy: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the policy that differ in this stage."""
+    environment: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the environment that differ in this stage."""
+    max_skipped_updates: PositiveInt = 5
+    """Updates in a row with a loss or gradient that is not finite before the run stops."""
+    micro_batch: PositiveInt | None = None
+    """Samples per forward and backward pass; null takes the whole mini-batch at once."""
+
+
+class EvaluationConfig(_Block):
+    """How the policy is measured, before and after each stage and perhaps within it."""
+
+    episodes: PositiveInt = 512
+    """Episodes before and after each stage."""
+    num_envs: PositiveInt = 256
+    """Environments that run in lock-step."""
+    every: NonNegativeInt = 0
+    """Iterations between evaluations within a stage; 0 evaluates before and after each stage only."""
+    episodes_during: PositiveInt | None = None
+    """Episodes of an evaluation within a stage; null takes ``episodes``."""
+    videos: NonNegativeInt = 8
+    """Episodes recorded for the report."""
+    environment: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the environment that differ when evaluating, such as ``split: held_out``."""
+    policy: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the policy that differ when evaluating; it acts deterministically anyway."""
+    first_task: NonNegativeInt = 1_000_000
+    """Id of the first evaluation task; training draws its ids below it."""
+
+
+class CheckpointConfig(_Block):
+    """When a run is saved."""
+
+    every: PositiveInt = 10
+    """Iterations between checkpoints; the end of a stage is always saved."""
+    keep: PositiveInt = 2
+    """Complete checkpoints kept on disk."""
+
+
+class RunConfig(_Block):
+    """Everything that determines a run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$")]
+    """The run's folder under ``output``."""
+    seed: NonNegativeInt = 0
+    """Source of every random number of the run."""
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:1."""
+    threads: PositiveInt | None = None
+    """Torch's threads within an operation; null leaves torch's choice."""
+    output: str = "runs"
+    """The folder that holds run folders."""
+    tensorboard: bool = True
+    """Whether TensorBoard events are written beside metrics.jsonl."""
+    policy: Component
+    """What is trained."""
+    environment: Component
+    """Where it acts."""
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """How it is measured."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """When it is saved."""
+    stages: Annotated[list[StageConfig], Field(min_length=1)]
+    """What happens to it, in order."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read ``path``, lay ``overrides`` (``stages.improve.optimizer.lr=1e-4``) over it, and validate.
+
+    A top-level ``base: other.yaml`` (relative to the file) is read first and the file laid over it. List items are addressed by
+    index or by their name; a block that names another ``target`` replaces the old one whole. Raises ConfigError.
+    """
+    data = _resolved(Path(path), overrides)
+    try:
+        config = validate(RunConfig, data)
+    except Problems as error:
+        raise error.as_config_error(data, source=str(path)) from error
+    refusals = [f"{path}: {sentence}" for sentence in _refusals(config)]
+    if refusals:
+        raise ConfigError("\n".join(refusals))
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as YAML with every field spelled out; ``load`` of it gives an equal RunConfig."""
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as nested dictionaries, lists, strings and numbers."""
+    return jsonable(config)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The file over its base, under the overrides, interpolations replaced, as plain data."""
+    data = _read(path, ())
+    try:
+        for override in overrides:
+            data = merge(data, _override(override))
+        return OmegaConf.to_container(OmegaConf.create(data), resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_one_line(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise ConfigError(f"{path}: 'base' leads back to the file itself ({' -> '.join(map(str, seen))})")
+    try:
+        data = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({_one_line(error)})") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: is not valid YAML ({_one_line(error)})") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys, got a {type(data).__name__}")
+    own = {str(key): value for key, value in data.items()}
+    base = own.pop("base", None)
+    if base is None:
+        return own
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: 'base' must be the path of a YAML file, got {base!r}")
+    try:
+        return merge(_read(path.parent / base, (*seen, path)), own)
+    except ConfigError as error:
+        raise error if str(path.parent) in str(error) else ConfigError(f"{path}: {error}") from error
+
+
+def _override(text: str) -> dict[str, Any]:
+    """``a.b=c`` as {"a": {"b": c}}; the value is YAML."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override '{text}' is not of the form 'key=value', such as 'stages.improve.optimizer.lr=1e-4'")
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.create(f"value: {value}"), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"override '{text}': the value is not valid YAML ({_one_line(error)})") from error
+    nested: Any = parsed["value"]  # type: ignore[index,call-overload]
+    for part in reversed(parts):
+        nested = {part: nested}
+    return nested
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# ---------------------------------------------------------------- what does not fit together
+
+
+def _refusals(config: RunConfig) -> Iterator[str]:
+    """A sentence for each pair of keys that do not fit together."""
+    names = [stage.name for stage in config.stages]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"'stages' has {names.count(name)} stages called '{name}'; each needs a name of its own"
+    for stage in config.stages:
+        for check in (_blocks, _capabilities, _groups):
+            yield from check(config, stage)
+        yield from _overridden(config, f"stages.{stage.name}", stage)
+    yield from _overridden(config, "evaluation", config.evaluation)
+
+
+# need of an algorithm -> the block of a stage that feeds it
+_FEEDS = {"rollout": "collect", "examples": "data"}
+# need of an algorithm -> what a policy's class must have
+_CAPABILITIES = {"likelihood": ("evaluate", "pack"), "critic": ("value",), "examples": ("supervised_loss",)}
+
+
+def _blocks(config: RunConfig, stage: StageConfig) -> Iterator[str]:
+    """Blocks that the stage's algorithm needs and lacks, and those that nothing would read."""
+    key, algorithm = f"stages.{stage.name}", stage.algorithm.cls
+    needs = algorithm.needs  # type: ignore[attr-defined]
+    for need, block in _FEEDS.items():
+        given = getattr(stage, block) is not None
+        if need in needs and not given:
+            yield f"'{key}.algorithm' is {stage.algorithm.target}, which needs '{key}.{block}'"
+        if need not in needs and given:
+            yield f"unused key '{key}.{block}': '{key}.algorithm' is {stage.algorithm.target}, which learns from no {need}"
+    if stage.supervised is not None and "rollout" not in needs:
+        yield f"unused key '{key}.supervised': '{key}.algorithm' is {stage.algorithm.target}, which is supervised already"
+
+
+def _capabilities(config: RunConfig, stage: StageConfig) -> Iterator[str]:
+    """What the algorithm (or a supervised term) asks of the policy and its class does not have."""
+    wants = [(f"'stages.{stage.name}.algorithm' ({stage.algorithm.target})", need) for need in stage.algorithm.cls.needs]  # type: ignore[attr-defined]
+    if stage.supervised is not None:
+        wants.append((f"'stages.{stage.name}.supervised'", "examples"))
+    for who, need in wants:
+        lacking = [name for name in _CAPABILITIES.get(need, ()) if not hasattr(config.policy.cls, name)]
+        if lacking:
+            yield f"{who} needs a policy with {' and '.join(lacking)}, which 'policy.target' ({config.policy.target}) lacks"
+
+
+def _groups(config: RunConfig, stage: StageConfig) -> Iterator[str]:
+    size = getattr(stage.algorithm.config, "group_size", 1)
+    if stage.collect is not None and stage.collect.num_envs % size:
+        key = f"stages.{stage.name}"
+        yield f"'{key}.algorithm.group_size' is {size}, which does not divide '{key}.collect.num_envs' ({stage.collect.num_envs})"
+
+
+def _overridden(config: RunConfig, key: str, block: StageConfig | EvaluationConfig) -> Iterator[str]:
+    """Errors in the fields that a stage or the evaluation changes in the policy and the environment."""
+    for name in ("policy", "environment"):
+        try:
+            getattr(config, name).override(getattr(block, name), where=f"{key}.{name}")
+        except ConfigError as error:
+            yield from str(error).splitlines()
