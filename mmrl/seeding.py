@@ -131,7 +131,7 @@ def _load_python_state(state: Tensor) -> None:
 def _numpy_state() -> Tensor:
     """int64 [627]: the legacy generator's 624 words, its position, whether a Gaussian is kept, and the Gaussian's bits."""
     _, words, position, has_gauss, gauss = np.random.get_state(legacy=True)  # pyright: ignore[reportAssignmentType]
-    return torch.tensor([*(int(word) for word in words), position, has_gauss, _float_bits(gauss)], dtype=torch.int64)
+    return torch.tensor([*(int(word) for word in words), position, has_gauss, _float_bits(float(gauss))], dtype=torch.int64)
 
 
 def _load_numpy_state(state: Tensor) -> None:
