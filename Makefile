@@ -1,0 +1,65 @@
+# make quickstart   train the quickstart policy and print the path of its report
+# make test         every test
+# make check        format, lint, types and every test: the one command to run before a commit, and the one CI runs
+# Another Python (3.11 or newer): make test PY=python3.12
+
+PY ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+SYSTEM_PACKAGES := chromium
+
+.PHONY: quickstart test check lint format clean
+.DEFAULT_GOAL := check
+
+quickstart: .venv/.installed
+	$(BIN)/mmrl train configs/quickstart.yaml
+
+test: .venv/.installed-test
+	@$(MAKE) --no-print-directory system-packages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+check: lint test
+
+lint: .venv/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: .venv/.installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+# The stamps are newer than pyproject.toml while the environment fits it. The test environment holds all of the plain one.
+.venv/.installed: pyproject.toml | .venv/bin/pip
+	@test .venv/.installed-test -nt pyproject.toml || { echo "Installing mmrl into .venv; this takes a few minutes."; \
+	    $(BIN)/pip install --quiet --disable-pip-version-check -e .; }
+	@touch $@
+
+.venv/.installed-test: pyproject.toml | .venv/bin/pip
+	@echo "Installing mmrl and its test tools into .venv; this takes a few minutes."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+# apt-get, as root or through a sudo that asks for no password; fails where there is neither.
+define APT
+root() { if [ "$$(id -u)" = 0 ]; then "$$@"; else sudo -n "$$@"; fi; }; \
+apt() { command -v apt-get >/dev/null && root true 2>/dev/null && root apt-get update -qq >/dev/null 2>&1 \
+    && root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$$@" >/dev/null 2>&1; };
+endef
+
+# Debian and Ubuntu split venv off Python: without python3-venv the module is there but cannot install pip.
+.venv/bin/pip:
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	    { echo "mmrl needs Python 3.11 or newer, and '$(PY)' is not; name one with: make PY=python3.12" >&2; exit 1; }
+	@$(PY) -c 'import ensurepip, venv' 2>/dev/null || { $(APT) apt python3-venv; } || \
+	    { echo "Python's venv module is missing; install it with: sudo apt-get install python3-venv" >&2; exit 1; }
+	@$(PY) -m venv --clear .venv
+
+.PHONY: system-packages
+system-packages:
+	@command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null || \
+	    { echo "Installing $(SYSTEM_PACKAGES), in which a test opens the report."; $(APT) apt $(SYSTEM_PACKAGES); } || \
+	    echo "$(SYSTEM_PACKAGES) is not installed and there are no rights to install it; the tests that need it are skipped."
