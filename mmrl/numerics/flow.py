@@ -15,7 +15,10 @@ constant     as flow_sde with s = a                                             
 
 where a is the noise level. Sources: flow_sde is Flow-GRPO (arXiv 2505.05470) and pi_RL (arXiv 2510.25889), which also gives
 flow_noise; cps is coefficients-preserving sampling (arXiv 2509.05952); constant is DanceGRPO (arXiv 2505.07818).
-With a = 0 every rule is the Euler step of the ODE. cps preserves the marginals exactly, flow_sde to first order in delta.
+With a = 0 every rule is the Euler step of the ODE. flow_sde and constant keep the marginals of the ODE up to an error of first
+order in delta. cps keeps them exactly where the clean estimate is exact (its noise coefficients add up to t'), but where x_t
+leaves x0 uncertain it loses variance at every step however small: A B (1 - cos(a pi / 2))^2 / (A + B), with A and B the variances
+that data and noise contribute to x_t.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ def clipped_surrogate(
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"clipped_surrogate's dual_clip is {dual_clip}; it bounds ratios from above, so use more than 1")
     log_ratio_BK = masked.fill(log_probs_BK - old_log_probs_BK, mask_BK)
+    advantages_BK = masked.fill(advantages_BK, mask_BK)
     ratio_BK = _choose(_RATIOS, "ratio", ratio)(log_ratio_BK, mask_BK).exp()
     free_BK = -advantages_BK * ratio_BK
     clipped_BK = -advantages_BK * ratio_BK.clamp(1 - clip_low, 1 + clip_high)
@@ -132,11 +133,11 @@ def value_loss(
     clip None leaves h(R - V). The sum over kept entries is divided by their number, or by ``normalizer``.
     metrics: value_clip_fraction, the share of entries where the clipped term decides.
     """
-    loss = _huber(returns - values, huber_delta)
+    loss = _huber(masked.fill(returns - values, mask), huber_delta)
     clipped = torch.zeros_like(loss)
     if clip is not None:
         bounded = old_values + (values - old_values).clamp(-clip, clip)
-        clipped = _huber(returns - bounded, huber_delta)
+        clipped = _huber(masked.fill(returns - bounded, mask), huber_delta)
     fraction = masked.mean((clipped > loss).to(loss.dtype), mask)
     return Loss(_unit_mean(torch.maximum(loss, clipped), mask, normalizer), {"value_clip_fraction": fraction})
 

@@ -31,8 +31,8 @@ def mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def var(x: Tensor, mask: Tensor) -> Tensor:
     """Unbiased variance of the kept entries (divisor n - 1, as torch's default); 0 when fewer than two are kept."""
-    squares = sum((x - mean(x, mask)) ** 2, mask)
-    return squares / (count(x, mask) - 1).clamp(min=1)
+    centred = fill(x - mean(x, mask), mask)  # filled before squaring: the square's gradient at NaN would be NaN
+    return (centred**2).sum() / (count(x, mask) - 1).clamp(min=1)
 
 
 def std(x: Tensor, mask: Tensor) -> Tensor:

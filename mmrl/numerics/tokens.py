@@ -50,7 +50,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """d log p(id) / d logit_v = [v is id] - p(v)."""
         logits_BTV, ids_BT = ctx.saved_tensors
         grad_BTV = torch.empty_like(logits_BTV)
@@ -74,7 +74,7 @@ class _Entropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """d H / d logit_v = -p(v) (log p(v) + H)."""
         logits_BTV, entropy_BT = ctx.saved_tensors
         grad_BTV = torch.empty_like(logits_BTV)
