@@ -142,7 +142,7 @@ def _existing_run(path: Path) -> Path:
 
 
 def _fresh_run(wanted: Path, *, named: bool) -> Path:
-    """``wanted`` if nothing is there yet, else the first free ``wanted-2``, ``wanted-3``; a name the user chose is not changed."""
+    """``wanted`` if nothing is there yet, else the first free ``wanted-2``, ``wanted-3``; a name the user chose stays."""
     if not _occupied(wanted):
         return wanted
     if named:

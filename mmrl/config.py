@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from mmrl.component import Component, Problems, jsonable, merge, validate
@@ -43,10 +43,8 @@ class CollectConfig(_Block):
     """Environments that run in lock-step."""
     decisions: PositiveInt
     """Decisions of each environment per iteration."""
-    execute: PositiveInt | None = None
-    """Actions executed of each predicted chunk; null executes the policy's whole chunk."""
-    auto_reset: bool = True
-    """Whether an environment whose episode ended starts another within the same iteration."""
+    auto_reset: bool | None = None
+    """Whether an environment whose episode ended starts another within the same iteration; null: unless the algorithm judges whole episodes."""
 
 
 class SupervisedConfig(_Block):
@@ -102,8 +100,6 @@ class EvaluationConfig(_Block):
     """Episodes recorded for the report."""
     environment: dict[str, Any] = Field(default_factory=dict)
     """Fields of the environment that differ when evaluating, such as ``split: held_out``."""
-    policy: dict[str, Any] = Field(default_factory=dict)
-    """Fields of the policy that differ when evaluating; it acts deterministically anyway."""
     first_task: NonNegativeInt = 1_000_000
     """Id of the first evaluation task; training draws its ids below it."""
 
@@ -181,8 +177,12 @@ def _resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         for override in overrides:
             data = merge(data, _override(override))
         return OmegaConf.to_container(OmegaConf.create(data), resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        raise ConfigError(
+            f"{path}: '{error.full_key}' is '???', which asks for a value; give one with {error.full_key}=..."
+        ) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_one_line(error)}") from error
+        raise ConfigError(f"{path}: '{error.full_key}' cannot be resolved ({_first_line(error)})") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -228,6 +228,10 @@ def _override(text: str) -> dict[str, Any]:
     return nested
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -251,12 +255,12 @@ def _refusals(config: RunConfig) -> Iterator[str]:
 _FEEDS = {"rollout": "collect", "examples": "data"}
 # need of an algorithm -> what a policy's class must have
 _CAPABILITIES = {"likelihood": ("evaluate", "pack"), "critic": ("value",), "examples": ("supervised_loss",)}
+_NOUNS = {"likelihood": "log-probabilities", "critic": "a critic", "examples": "a supervised loss"}
 
 
 def _blocks(config: RunConfig, stage: StageConfig) -> Iterator[str]:
     """Blocks that the stage's algorithm needs and lacks, and those that nothing would read."""
-    key, algorithm = f"stages.{stage.name}", stage.algorithm.cls
-    needs = algorithm.needs  # type: ignore[attr-defined]
+    key, needs = f"stages.{stage.name}", _needs(stage)
     for need, block in _FEEDS.items():
         given = getattr(stage, block) is not None
         if need in needs and not given:
@@ -268,14 +272,36 @@ def _blocks(config: RunConfig, stage: StageConfig) -> Iterator[str]:
 
 
 def _capabilities(config: RunConfig, stage: StageConfig) -> Iterator[str]:
-    """What the algorithm (or a supervised term) asks of the policy and its class does not have."""
-    wants = [(f"'stages.{stage.name}.algorithm' ({stage.algorithm.target})", need) for need in stage.algorithm.cls.needs]  # type: ignore[attr-defined]
+    """What the algorithm (or a supervised term) asks of the policy and its class, or its fields in this stage, do not give.
+
+    A policy class may have a static ``lacks(config)``: need -> (field, why it is not met), such as
+    {"likelihood": ("sampler", "is 'ode', which draws nothing at random; use 'flow_sde'")}.
+    """
+    wants = [(f"'stages.{stage.name}.algorithm' ({stage.algorithm.target})", need) for need in sorted(_needs(stage))]
     if stage.supervised is not None:
         wants.append((f"'stages.{stage.name}.supervised'", "examples"))
+    lacks = _lacks(config.policy, stage.policy)
     for who, need in wants:
-        lacking = [name for name in _CAPABILITIES.get(need, ()) if not hasattr(config.policy.cls, name)]
-        if lacking:
-            yield f"{who} needs a policy with {' and '.join(lacking)}, which 'policy.target' ({config.policy.target}) lacks"
+        missing = [name for name in _CAPABILITIES.get(need, ()) if not hasattr(config.policy.cls, name)]
+        if missing:
+            yield f"{who} needs a policy with {' and '.join(missing)}, which 'policy.target' ({config.policy.target}) lacks"
+        elif need in lacks:
+            field, reason = lacks[need]
+            key = f"stages.{stage.name}.policy.{field}" if field in stage.policy else f"policy.{field}"
+            yield f"{who} needs {_NOUNS[need]}, but '{key}' {reason}"
+
+
+def _lacks(policy: Component, changes: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    if not hasattr(policy.cls, "lacks"):
+        return {}
+    try:
+        return policy.cls.lacks(policy.override(changes).config)  # type: ignore[attr-defined]
+    except ConfigError:  # reported by _overridden
+        return {}
+
+
+def _needs(stage: StageConfig) -> frozenset[str]:
+    return stage.algorithm.cls.needs  # type: ignore[attr-defined]
 
 
 def _groups(config: RunConfig, stage: StageConfig) -> Iterator[str]:

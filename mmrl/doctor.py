@@ -54,7 +54,7 @@ def check(name: str) -> Capability:
 def checks() -> Mapping[str, Callable[[], Capability]]:
     """The table, with a line for each module of ``simulators``."""
     own = {path.stem: f"simulators.{path.stem}" for path in sorted((ROOT / "simulators").glob("[!_]*.py"))}
-    return CHECKS | {name: functools.partial(_simulator, name, module) for name, module in own.items()}
+    return {**CHECKS, **{name: functools.partial(_simulator, name, module) for name, module in own.items()}}
 
 
 def _torch() -> Capability:
