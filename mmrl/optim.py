@@ -25,8 +25,8 @@ from transformers import get_scheduler
 from mmrl.errors import CheckpointError, ConfigError, TrainingError
 
 _CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-_WITHOUT_WARMUP = frozenset({"constant"})
-_WITH_FLOOR = frozenset({"cosine_with_min_lr", "cosine_warmup_with_min_lr"})
+_NO_WARMUP = "constant"
+_WITH_FLOOR = "cosine_with_min_lr"
 # The schedules of transformers.SchedulerType that are functions of the update alone and need nothing beyond the fields below.
 SCHEDULES = (
     "constant",
@@ -36,7 +36,7 @@ SCHEDULES = (
     "cosine_with_restarts",
     "polynomial",
     "inverse_sqrt",
-    *sorted(_WITH_FLOOR),
+    _WITH_FLOOR,
 )
 
 
@@ -72,11 +72,11 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     """Largest L2 norm of the whole gradient, all groups together (None: not clipped)."""
     schedule: str = "constant"
-    """Learning-rate schedule, by its name in transformers.SchedulerType."""
+    """Learning-rate schedule, by its name in transformers.SchedulerType; an unknown name is answered with the list."""
     warmup: int = 0
     """Updates over which the learning rate rises from 0 to its peak."""
     min_lr_ratio: float | None = None
-    """Where the schedules that end at a floor end, as a fraction of the peak (those need it, the others refuse it)."""
+    """Where ``cosine_with_min_lr`` ends, as a fraction of the peak (it needs the number, the other schedules refuse it)."""
     ema: float | None = None
     """Decay of an exponential moving average of the weights, used for evaluation (None: no average)."""
     max_skipped: int = 10
@@ -99,15 +99,14 @@ class OptimizerConfig:
     def _check_schedule(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule is {self.schedule!r}; known schedules: {', '.join(SCHEDULES)}")
-        if self.warmup and self.schedule in _WITHOUT_WARMUP:
+        if self.warmup and self.schedule == _NO_WARMUP:
             raise ValueError(
                 f"warmup is {self.warmup}, but schedule {self.schedule!r} has no warm-up; "
                 "use 'constant_with_warmup' or set warmup to 0"
             )
-        if (self.min_lr_ratio is None) == (self.schedule in _WITH_FLOOR):
-            takers = ", ".join(sorted(_WITH_FLOOR))
+        if (self.min_lr_ratio is None) == (self.schedule == _WITH_FLOOR):
             raise ValueError(
-                f"min_lr_ratio is {self.min_lr_ratio} with schedule {self.schedule!r}; set it with {takers} and with no other"
+                f"min_lr_ratio is {self.min_lr_ratio} with schedule {self.schedule!r}; set it with {_WITH_FLOOR!r} and only there"
             )
         if self.min_lr_ratio is not None and not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"min_lr_ratio is {self.min_lr_ratio}; it is a fraction of the peak, between 0 and 1")
