@@ -1,0 +1,86 @@
+"""A scripted expert: from the present state alone to a waypoint, and from there to a smooth action.
+
+It has no memory, so a policy that sees one image can imitate it. Each behaviour gives a waypoint in space and whether the
+fingers should be closed; the action is proportional to the way left and clipped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from simulators.tabletop_parts.physics import CONTACT, length
+from simulators.tabletop_parts.scene import PUSH, REACH, SORT, Layout, State
+from simulators.tabletop_parts.tasks import Verdict
+
+_HOVER = 0.13  # height at which the gripper travels
+_GRASP_Z = 0.01
+_ALIGNED = 0.03
+_LEAD = 0.1  # how far ahead of the block's present place a push aims
+
+Waypoint = tuple[Tensor, Tensor]  # target [B, 3] and closed [B]
+
+
+def expert_action(layout: Layout, state: State, verdict: Verdict, *, speed: float, expert_speed: float, gain: float) -> Tensor:
+    """The next action in each environment, which covers the share ``gain`` of the way left, at most ``expert_speed``: [B, 4]."""
+    target_B3, close_B = _fetch(layout, state, verdict)
+    for family, behaviour in ((REACH, _reach), (PUSH, _push)):
+        other_B3, other_close_B = behaviour(layout, state, verdict)
+        mine_B = layout.family_B == family
+        target_B3 = torch.where(mine_B[:, None], other_B3, target_B3)
+        close_B = torch.where(mine_B, other_close_B, close_B)
+    way_B3 = (target_B3 - state.gripper_B3) * (gain / speed)
+    largest_B = way_B3.abs().amax(1).clamp(min=expert_speed)
+    motion_B3 = way_B3 * (expert_speed / largest_B)[:, None]
+    return torch.cat([motion_B3, torch.where(close_B, 1.0, -1.0)[:, None]], dim=1)
+
+
+def _funnel(distance_B: Tensor) -> Tensor:
+    """Height above the target: hover while far, come down while closing in."""
+    return ((distance_B - 0.015) * 2.5).clamp(0.0, _HOVER)
+
+
+def _above(place_B3: Tensor, distance_B: Tensor) -> Tensor:
+    return torch.cat([place_B3[:, :2], (place_B3[:, 2] + _GRASP_Z + _funnel(distance_B))[:, None]], dim=1)
+
+
+def _reach(layout: Layout, state: State, verdict: Verdict) -> Waypoint:
+    block_B3 = state.blocks_BK3[:, 0]
+    distance_B = length(block_B3[:, :2] - state.gripper_B3[:, :2])
+    return _above(block_B3, distance_B), torch.zeros_like(layout.stacked_B)
+
+
+def _fetch(layout: Layout, state: State, verdict: Verdict) -> Waypoint:
+    """Pick up the block that is due and release it at its goal; when sorting, block 0 comes first."""
+    sort_B = layout.family_B == SORT
+    due_B = torch.where(sort_B & ((state.held_B == 1) | (verdict.placed_B2[:, 0] & (state.held_B != 0))), 1, 0)
+    row_B = torch.arange(due_B.shape[0], device=due_B.device)
+    holding_B = state.held_B == due_B
+    block_B3, goal_B3 = state.blocks_BK3[row_B, due_B], verdict.goal_B23[row_B, due_B]
+    place_B3 = torch.where(holding_B[:, None], goal_B3, block_B3)
+    distance_B = length(place_B3[:, :2] - state.gripper_B3[:, :2])
+    there_B = (distance_B < _ALIGNED) & (state.gripper_B3[:, 2] < place_B3[:, 2] + _GRASP_Z + 0.02)
+    fingers_open_B = state.open_B > 0.5
+    close_B = torch.where(holding_B, ~there_B, there_B & fingers_open_B)
+    return _above(place_B3, distance_B), close_B
+
+
+def _push(layout: Layout, state: State, verdict: Verdict) -> Waypoint:
+    """Come down behind the block, as seen from the goal, and drive it there with closed fingers."""
+    block_B3, gripper_B3 = state.blocks_BK3[:, 0], state.gripper_B3
+    to_goal_B2 = verdict.goal_B23[:, 0, :2] - block_B3[:, :2]
+    goal_distance_B = verdict.goal_distance_B2[:, 0]
+    ahead_B2 = to_goal_B2 / (goal_distance_B + 1e-6)[:, None]
+    from_block_B2 = gripper_B3[:, :2] - block_B3[:, :2]
+    along_B = from_block_B2[:, 0] * ahead_B2[:, 0] + from_block_B2[:, 1] * ahead_B2[:, 1]
+    aside_B = (from_block_B2[:, 0] * ahead_B2[:, 1] - from_block_B2[:, 1] * ahead_B2[:, 0]).abs()
+    behind_B = (along_B < -0.5 * CONTACT) & (along_B > -0.2) & (aside_B < 0.04)
+    low_B = gripper_B3[:, 2] < 0.04
+    advance_B = torch.where(behind_B & low_B, goal_distance_B.clamp(max=_LEAD), -0.02) - CONTACT
+    target_B2 = block_B3[:, :2] + ahead_B2 * advance_B[:, None]
+    close_by_B = length(from_block_B2) < 0.15
+    blocked_B = ~behind_B & close_by_B & (gripper_B3[:, 2] < 0.08)  # rise before going around the block
+    target_B2 = torch.where(blocked_B[:, None], gripper_B3[:, :2], target_B2)
+    height_B = torch.where(behind_B, 0.01, _HOVER)
+    around_B = (state.open_B > 0.5) & close_by_B & (gripper_B3[:, 2] < 0.08)  # closing here would grasp it
+    return torch.cat([target_B2, height_B[:, None]], dim=1), (state.held_B < 0) & ~around_B

@@ -1,0 +1,58 @@
+"""Random numbers without a generator: every draw is a hash of (key, task id, index).
+
+So an episode does not depend on how many environments run beside it, nor on the order in which they are reset. Integer
+arithmetic and exact float operations only, so the numbers are the same bit for bit at any tensor size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_BITS = 24  # a float32 holds integers of 24 bits exactly
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift (torch's is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """The output function of splitmix64 (Steele, Lea and Flood 2014), on int64 of any shape."""
+    x = x + _GOLDEN
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def salt(*words: int) -> int:
+    """One 64-bit key out of several integers; the order counts."""
+    key = torch.zeros((), dtype=torch.int64)
+    for word in words:
+        key = mix(key ^ word)
+    return int(key)
+
+
+def _bits(key: int, ids_B: Tensor, first: Tensor | int, count: int) -> Tensor:
+    """24 random bits for each of ``count`` draws per id: int64 [B, count]."""
+    index = torch.arange(count, device=ids_B.device) + first
+    return _shift(mix(mix(ids_B ^ key)[:, None] + index), 64 - _BITS)
+
+
+def uniform(key: int, ids_B: Tensor, count: int) -> Tensor:
+    """``count`` numbers in [0, 1) per id: float32 [B, count]."""
+    return _bits(key, ids_B, 0, count).float() * 2.0**-_BITS
+
+
+def normal(key: int, ids_B: Tensor, step_B: Tensor, count: int) -> Tensor:
+    """``count`` nearly Gaussian numbers per (id, step), mean 0 and variance 1: float32 [B, count].
+
+    The sum of four uniform numbers (Irwin-Hall), summed as integers: log and cos of Box-Muller may differ in the last bit
+    between the vectorised body and the scalar tail of a kernel, and then an episode would depend on its slot.
+    """
+    bits = _bits(key, ids_B, (step_B * (4 * count))[:, None], 4 * count)
+    total = bits.view(-1, count, 4).sum(-1) - (1 << (_BITS + 1))
+    return total.float() * (3.0**0.5 * 2.0**-_BITS)
