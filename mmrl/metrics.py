@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from mmrl.errors import CheckpointError, MMRLError, TrainingError
 
 FILE_NAME = "metrics.jsonl"
-_HEADER = ("kind", "stage", "iteration", "label", "step")
+SHARED_FIELDS = ("kind", "stage", "iteration", "label", "step", "seconds", "nonfinite")  # of every row; all others are metrics
 _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no word for these, so they are written as strings
 
 
@@ -188,7 +188,7 @@ def _rows(content: bytes, path: Path | None = None) -> list[dict[str, Any]]:
             raise MMRLError(
                 f"line {number} of {path or FILE_NAME} is not a metrics row (it has no known 'kind'); delete that line"
             )
-        rows.append({name: value if name in _HEADER else _restored(value) for name, value in row.items()})
+        rows.append({name: value if name in SHARED_FIELDS else _restored(value) for name, value in row.items()})
     return rows
 
 

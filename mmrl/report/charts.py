@@ -1,0 +1,207 @@
+"""Turns training rows into curves: what belongs on which chart, smoothed, thinned out and ready for page.js to draw."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmrl.metrics import SHARED_FIELDS
+from mmrl.report.summary import Rate
+
+MAX_POINTS = 600  # of a curve: more than a screen has room for, few enough for a page that opens at once
+Curve = list[float | None]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart: the metrics whose name (prefix and all) matches ``pattern``, and one sentence on how to read it.
+
+    unit: shown at the axis; "%" multiplies by 100. low, high: fixed ends of the axis, None where the data decides.
+    """
+
+    key: str
+    title: str
+    note: str
+    pattern: str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    group: str = "optimisation"
+
+
+# A metric goes to the first panel that matches. Names are the last part of "prefix/name", whatever wrote the prefix.
+PANELS = (
+    Panel(
+        "success",
+        "Success rate",
+        "Training episodes; dots are evaluations with their 95 % intervals.",
+        r"(^|/)success$",
+        "%",
+        0,
+        1,
+        "learning",
+    ),
+    Panel(
+        "reward",
+        "Reward",
+        "Mean return of training episodes, undiscounted.",
+        r"(^|/)(return|reward|returns|rewards)(_mean)?$",
+        group="learning",
+    ),
+    Panel(
+        "policy_loss",
+        "Policy loss",
+        "The clipped surrogate; its level says little, jumps say a lot.",
+        r"(^|/)policy_loss$|loss/policy$",
+    ),
+    Panel(
+        "value_loss", "Value loss", "How far the critic is from the returns.", r"(^|/)(value|critic)_loss$|loss/(value|critic)$"
+    ),
+    Panel(
+        "loss",
+        "Loss",
+        "The whole objective, and the supervised one where a stage imitates.",
+        r"(^|/)(\w+_)?loss$|loss/(flow|total|supervised)\w*$",
+    ),
+    Panel(
+        "kl",
+        "KL divergence",
+        "From the policy that collected, and from the reference where there is one.",
+        r"(^|/)(approx_)?kl(_\w+)?$",
+        "nats",
+    ),
+    Panel("clip", "Clip fraction", "Share of units whose ratio the loss cut off.", r"(^|/)(value_|dual_)?clip_fraction$", "%", 0),
+    Panel("ratio", "Probability ratio", "Smallest and largest, new policy to old; near 1 is on-policy.", r"(^|/)ratio(_\w+)?$"),
+    Panel("entropy", "Entropy", "How much the policy still explores.", r"(^|/)entropy$", "nats"),
+    Panel(
+        "explained",
+        "Explained variance",
+        "Of the returns by the critic: 1 is perfect, 0 no better than their mean.",
+        r"(^|/)explained_variance$",
+    ),
+    Panel("grad", "Gradient norm", "Before clipping.", r"(^|/)grad(ient)?_norm"),
+    Panel(
+        "mismatch",
+        "Log-probability mismatch",
+        "Rollout against recomputation; at unchanged weights it should be zero.",
+        r"mismatch",
+        "nats",
+    ),
+    Panel("lr", "Learning rate", "Of each parameter group.", r"(^|/)(lr|learning_rate)(/|_|$)", low=0),
+    Panel("speed", "Environment steps", "Collected per second.", r"(^|/)env_steps_per_s$", "steps/s", 0),
+    Panel("decisions", "Decisions", "Made per second.", r"(^|/)decisions_per_s$", "decisions/s", 0),
+)
+_OTHER = Panel("other", "", "", "", group="other")
+_TIMES = re.compile(r"^seconds/")  # shown as the wall-clock split
+
+
+def chart_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What page.js draws: axes shared by all curves, and the panels that have data, as plain JSON values (no NaN)."""
+    binned = _binned([row for row in rows if row["kind"] == "train"])
+    names = sorted(
+        {name for row in binned for name, value in row.items() if name not in SHARED_FIELDS and _finite(value) is not None}
+    )
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    panels: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if not _TIMES.match(name):
+            panel = _panel(name)
+            curve = [_finite(row.get(name)) for row in binned]
+            panels.setdefault(panel.key, _empty(panel))["series"].append(_series(name, curve, [row["stage"] for row in binned]))
+    points = [_point(row, rate) for row in rows if row["kind"] == "evaluation" and (rate := Rate.of(row))]
+    if points:
+        panels.setdefault("success", _empty(PANELS[0]))["points"] = points
+    order = [panel.key for panel in PANELS]
+    return {
+        "axes": {"step": [row["step"] for row in binned], "minutes": [_round(row["seconds"] / 60) for row in binned]},
+        "stages": stages,
+        "stage": [stages.index(row["stage"]) for row in binned],
+        "iteration": [row["iteration"] for row in binned],
+        "panels": sorted(panels.values(), key=lambda panel: order.index(panel["key"]) if panel["key"] in order else len(order)),
+    }
+
+
+def smooth(values: Sequence[float | None], stages: Sequence[str]) -> Curve:
+    """Exponential moving average over about a tenth of the curve, unbiased at its start, anew in every stage; gaps stay gaps."""
+    keep = 1 - 1 / max(1.0, sum(value is not None for value in values) / 20)
+    total = weight = 0.0
+    smoothed: Curve = []
+    for i, value in enumerate(values):
+        if i and stages[i] != stages[i - 1]:
+            total = weight = 0.0
+        if value is not None:
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(None if value is None else total / weight)
+    return smoothed
+
+
+def _panel(name: str) -> Panel:
+    fallback = Panel(f"other:{name}", name, "", "", group="other")
+    return next((panel for panel in PANELS if re.search(panel.pattern, name)), fallback)
+
+
+def _empty(panel: Panel) -> dict[str, Any]:
+    shown = ("key", "title", "note", "unit", "low", "high", "group")
+    return {**{name: getattr(panel, name) for name in shown}, "series": [], "points": []}
+
+
+def _series(name: str, curve: Curve, stages: Sequence[str]) -> dict[str, Any]:
+    known = [value for value in curve if value is not None]
+    smoothed = smooth(curve, stages)
+    return {
+        "name": name,
+        "raw": [_round(value) for value in curve],
+        "smooth": [_round(value) for value in smoothed],
+        "first": _round(known[0]),
+        "last": _round(next(value for value in reversed(smoothed) if value is not None)),
+    }
+
+
+def _point(row: Mapping[str, Any], rate: Rate) -> dict[str, Any]:
+    return {
+        "step": row["step"],
+        "minutes": _round(row["seconds"] / 60),
+        "label": f"{row['label']} {row['stage']}",
+        "kind": row["label"],
+        "y": _round(rate.success),
+        "low": _round(rate.low),
+        "high": _round(rate.high),
+        "episodes": rate.episodes,
+    }
+
+
+def _binned(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """At most about MAX_POINTS rows: means over equally many neighbours of one stage."""
+    size = math.ceil(len(rows) / MAX_POINTS)
+    if size <= 1:
+        return list(rows)
+    bins: list[list[Mapping[str, Any]]] = []
+    for row in rows:
+        if bins and len(bins[-1]) < size and bins[-1][-1]["stage"] == row["stage"]:
+            bins[-1].append(row)
+        else:
+            bins.append([row])
+    return [_mean(rows) for rows in bins]
+
+
+def _mean(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The last row, with the mean over all rows in place of each of its metrics."""
+    mean = {name: rows[-1][name] for name in SHARED_FIELDS if name in rows[-1]}
+    for name in {name for row in rows for name in row} - mean.keys():
+        values = [value for row in rows if (value := _finite(row.get(name))) is not None]
+        if values:
+            mean[name] = math.fsum(values) / len(values)
+    return mean
+
+
+def _finite(value: Any) -> float | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) else None
+
+
+def _round(value: float | None) -> float | None:
+    """Five digits: what a screen can show."""
+    return None if value is None else float(f"{value:.5g}")

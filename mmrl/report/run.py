@@ -1,0 +1,151 @@
+"""Reads a run's folder for the report, forgiving whatever an unfinished or killed run may have left undone."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmrl import metrics
+from mmrl.errors import MMRLError
+
+MAX_CLIPS = 60
+MAX_CLIP_BYTES = 16 * 2**20  # base64 adds a third, and a report should still open at once and travel by mail
+_MIME = {".webp": "image/webp", ".gif": "image/gif", ".png": "image/png", ".jpg": "image/jpeg"}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One recorded episode. ``image`` is a data URI, None where the recording is missing."""
+
+    label: str
+    stage: str
+    task_id: str
+    family: str
+    instruction: str
+    success: bool
+    steps: int | None
+    total_reward: float | None
+    image: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the report shows, as found. ``notices`` are sentences about what could not be read."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    config_text: str
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    clips: list[Clip]
+    clips_left_out: int
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def train_rows(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["kind"] == "train"]
+
+    @property
+    def evaluation_rows(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["kind"] == "evaluation"]
+
+
+def load(run_dir: Path) -> Run:
+    """Raises MMRLError if ``run_dir`` is no run (neither metrics.jsonl nor config.yaml in it)."""
+    if not any((run_dir / name).is_file() for name in (metrics.FILE_NAME, "config.yaml")):
+        raise MMRLError(
+            f"{run_dir} holds neither metrics.jsonl nor config.yaml; name the folder of a run, such as runs/quickstart"
+        )
+    notices: list[str] = []
+    config_text = _text(run_dir / "config.yaml", notices)
+    clips, left_out = _clips(run_dir / "trajectories", notices)
+    return Run(
+        name=run_dir.resolve().name,
+        rows=metrics.read(run_dir),
+        config_text=config_text,
+        config=_mapping(config_text, run_dir / "config.yaml", notices),
+        environment=_mapping(_text(run_dir / "environment.json", notices), run_dir / "environment.json", notices),
+        clips=clips,
+        clips_left_out=left_out,
+        notices=notices,
+    )
+
+
+def _text(path: Path, notices: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        notices.append(f"{path.name} is missing.")
+    except (OSError, UnicodeDecodeError) as error:
+        notices.append(f"{path.name} could not be read ({error}).")
+    return ""
+
+
+def _mapping(text: str, path: Path, notices: list[str]) -> Mapping[str, Any]:
+    """YAML, of which JSON is a part, as a mapping; anything else counts as empty."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        notices.append(f"{path.name} is damaged.")
+        return {}
+    return value if isinstance(value, Mapping) else {}
+
+
+def _clips(folder: Path, notices: list[str]) -> tuple[list[Clip], int]:
+    """As many recordings as fit, evenly from each stage, label, family and outcome; and how many were left out."""
+    records, damaged = [], 0
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            records.append({**record, "instruction": str(record["instruction"]), "success": bool(record["success"])})
+        except (OSError, ValueError, KeyError, TypeError):
+            damaged += 1
+    if damaged:
+        notices.append(f"{damaged} recorded rollout{'s' * (damaged > 1)} could not be read.")
+    shown, room = [], MAX_CLIP_BYTES
+    for record in _evenly(records):
+        video = _video(folder, record)
+        size = video.stat().st_size if video else 0
+        if len(shown) < MAX_CLIPS and size <= room:
+            room -= size
+            shown.append(_clip(record, video))
+    return sorted(shown, key=lambda clip: (clip.family, clip.task_id)), len(records) - len(shown)
+
+
+def _evenly(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """First one of each kind, then a second of each, and so on."""
+    kinds: dict[tuple[Any, ...], int] = defaultdict(int)
+    ranked = []
+    for record in records:
+        kind = tuple(str(record.get(name)) for name in ("stage", "label", "family", "success"))
+        ranked.append((kinds[kind], record))
+        kinds[kind] += 1
+    return [record for _, record in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _video(folder: Path, record: Mapping[str, Any]) -> Path | None:
+    path = folder / Path(str(record.get("video", ""))).name  # the name alone: a record cannot reach outside its folder
+    return path if path.suffix in _MIME and path.is_file() else None
+
+
+def _clip(record: Mapping[str, Any], video: Path | None) -> Clip:
+    encoded = base64.b64encode(video.read_bytes()).decode() if video else ""
+    steps, total = record.get("steps"), record.get("return")
+    return Clip(
+        label=str(record.get("label", "")),
+        stage=str(record.get("stage", "")),
+        task_id=str(record.get("task_id", "")),
+        family=str(record.get("family", "")),
+        instruction=record["instruction"],
+        success=record["success"],
+        steps=steps if isinstance(steps, int) else None,
+        total_reward=float(total) if isinstance(total, int | float) else None,
+        image=f"data:{_MIME[video.suffix]};base64,{encoded}" if video else None,
+    )
