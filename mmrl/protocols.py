@@ -6,7 +6,7 @@ Adding a policy, simulator, tool, reward or algorithm means one new file with a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,13 +92,21 @@ class Policy(Protocol):
         """Architecture in one line: two policies with equal fingerprints can exchange state dicts."""
         ...
 
-    def training(self, enabled: bool) -> AbstractContextManager[None]:
+    def compute_mode(self, *, train: bool) -> AbstractContextManager[None]:
         """Autocast and module modes for a scope that trains (True) or acts (False)."""
         ...
 
     def example_observation(self, batch_size: int) -> Observation:
         """A valid random observation, for contract tests and dry runs."""
         ...
+
+
+class Fitted(Protocol):
+    """A policy part that must see data once before it can be trained (normalisation statistics)."""
+
+    def needs_statistics(self) -> bool: ...
+
+    def fit_statistics(self, examples: Examples) -> None: ...
 
 
 @runtime_checkable
@@ -130,7 +138,7 @@ class ValuePolicy(Protocol):
 
 
 @runtime_checkable
-class SupervisedPolicy(Protocol):
+class SupervisedPolicy(Fitted, Protocol):
     """It can imitate."""
 
     horizon: int  # H, the actions an example needs
@@ -170,6 +178,29 @@ class ExampleSource(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Any: ...
 
 
+@dataclass(frozen=True)
+class LossContext:
+    """What a micro-batch's loss must know of its surroundings.
+
+    units, samples: those of the whole mini-batch - dividing by them, not by its own, makes micro-batch losses add up.
+    iteration: of the stage, from 0.
+    """
+
+    units: int
+    samples: int
+    iteration: int
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What an algorithm made of a rollout: keep_TB is valid_TB less what it filters out; returns_TB is what a critic regresses."""
+
+    advantages_TB: Tensor
+    returns_TB: Tensor
+    keep_TB: Tensor
+    metrics: Mapping[str, float]
+
+
 class Algorithm(Protocol):
     """Turns what was collected into a loss. Built as ``cls(config)``. Knows no model class and no logger."""
 
@@ -180,16 +211,16 @@ class Algorithm(Protocol):
 class RolloutAlgorithm(Algorithm, Protocol):
     """An algorithm that learns from its own rollouts."""
 
-    epochs: int
-    minibatches: int
+    epochs: int  # passes over a rollout
+    minibatches: int  # optimizer updates per pass
+    max_kl: float | None  # leave the remaining updates of a rollout out once the approximate KL of one exceeds this
     group_size: int  # G episodes of one task; 1 where the algorithm compares nothing
-    reference_kl: bool  # whether ``loss`` reads Batch.reference_log_probs_NK
+    whole_episodes: bool  # whether it judges episodes as wholes, so that none may be cut by the end of the rollout
+    uses_reference: bool  # whether ``loss`` reads Batch.reference_log_probs_NK
 
-    def advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Mapping[str, float]]:
-        """(advantages_TB, returns_TB, keep_TB, metrics): keep_TB is valid_TB less what the algorithm filters out."""
-        ...
+    def advantages(self, rollout: Rollout) -> Advantages: ...
 
-    def loss(self, policy: LikelihoodPolicy, batch: Batch, *, total: BatchTotals) -> Loss:
+    def loss(self, policy: LikelihoodPolicy, batch: Batch, context: LossContext) -> Loss:
         """This micro-batch's share of the mini-batch's loss; shares add up to the loss of the whole mini-batch."""
         ...
 
@@ -200,15 +231,9 @@ class SupervisedAlgorithm(Algorithm, Protocol):
 
     batch_size: int
 
-    def loss(self, policy: SupervisedPolicy, examples: Examples, *, share: float, generator: torch.Generator) -> Loss: ...
-
-
-@dataclass(frozen=True)
-class BatchTotals:
-    """What a micro-batch must divide by so that micro-batch losses add up: units and samples of the whole mini-batch."""
-
-    units: int
-    samples: int
+    def loss(self, policy: SupervisedPolicy, examples: Examples, *, share: float, generator: torch.Generator) -> Loss:
+        """``share`` is this micro-batch's part of the batch, so that shares add up to the whole batch's loss."""
+        ...
 
 
 class Tool(Protocol):
@@ -221,12 +246,3 @@ class Reward(Protocol):
     """Scores a whole rollout's episodes; a failed score is NaN, which masks the sample and is counted."""
 
     def __call__(self, rollout: Rollout) -> Tensor: ...
-
-
-class Progress(Protocol):
-    """Where long work reports to; the CLI shows it, tests ignore it."""
-
-    def track(self, title: str, total: int) -> AbstractContextManager[Callable[[int, str], None]]: ...
-
-
-Stream = Iterator[Mapping[str, float]]

@@ -211,6 +211,10 @@ class EpisodeRecord:
         for name, value in self.metrics.items():
             _expect("EpisodeRecord", f"metrics[{name!r}]", value, m)
 
+    def select(self, index_M: Tensor) -> EpisodeRecord:
+        rows = (self.task_ids_M, self.returns_M, self.success_M, self.lengths_M)
+        return EpisodeRecord(*(row[index_M] for row in rows), {name: value[index_M] for name, value in self.metrics.items()})
+
     @staticmethod
     def concat(parts: Sequence[EpisodeRecord]) -> EpisodeRecord:
         return EpisodeRecord(
@@ -223,8 +227,7 @@ class EpisodeRecord:
 class Batch:
     """N decisions ready for a loss: what to score again, the rollout's numbers, and what they were worth.
 
-    advantages_N belongs to the decision; ``decision_of_unit`` is the identity here because each row is one decision, so a loss
-    scatters by ``advantages_N[:, None]``. old_values_N and returns_N are zero where the policy has no critic.
+    Each row is one decision, so a loss gives a decision's advantage to its units by ``advantages_N[:, None]``. old_values_N and returns_N are zero where the policy has no critic.
     """
 
     trace: Mapping[str, Tensor]

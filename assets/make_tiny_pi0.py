@@ -1,0 +1,67 @@
+"""Write the architecture and tokenizer of the tiny pi0 (no weights): ``python assets/make_tiny_pi0.py [FOLDER]``.
+
+The classes are transformers' own (PaliGemma + Gemma expert); only the numbers are small. The tokenizer knows whole words: the
+tabletop's vocabulary. ``configs/pretrain/tiny_pi0.yaml`` trains it into ``assets/tiny_pi0``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, PI0Config, PreTrainedTokenizerFast
+
+from simulators.tabletop_parts.language import vocabulary
+
+WIDTH, LAYERS, HEADS, HEAD_DIM, PATCH, IMAGE = 96, 3, 4, 32, 16, 64
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<bos>", "<unk>", "\n", *sorted(set(vocabulary()))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>")
+
+
+def build_config(vocabulary_size: int, *, width: int = WIDTH, layers: int = LAYERS, patch: int = PATCH, vision_layers: int = 2) -> PI0Config:
+    text = {
+        "model_type": "gemma",
+        "vocab_size": vocabulary_size + 1,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 1,
+        "head_dim": HEAD_DIM,
+        "pad_token_id": 0,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": vision_layers,
+        "num_attention_heads": HEADS,
+        "image_size": IMAGE,
+        "patch_size": patch,
+        "vision_use_head": False,
+    }
+    vlm = CONFIG_MAPPING["paligemma"](
+        text_config=text, vision_config=vision, projection_dim=width, image_token_id=vocabulary_size, pad_token_id=0
+    )
+    expert = CONFIG_MAPPING["gemma"](**{**text, "vocab_size": 8})
+    return PI0Config(vlm_config=vlm, dit_config=expert, chunk_size=5, max_state_dim=4, max_action_dim=4, num_inference_steps=4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "tiny_pi0_architecture")
+    folder = parser.parse_args().folder
+    tokenizer = build_tokenizer()
+    build_config(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"wrote {folder}: {len(tokenizer)} tokens")
+
+
+if __name__ == "__main__":
+    main()

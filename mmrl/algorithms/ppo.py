@@ -1,0 +1,93 @@
+"""PPO: generalised advantage estimation over decisions, clipped policy and value losses, several epochs.
+
+    delta_t = r_t + gamma V(s_{t+1}) (1 - terminated_t) - V(s_t)
+    A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}          R_t = A_t + V(s_t)
+    L = L_policy(A) + c_V mean max(Huber(R - V), Huber(R - V_clipped))
+
+Schulman et al. 2017 (arXiv 1707.06347), GAE: Schulman et al. 2016 (arXiv 1506.02438). As pi_RL applies it to flow policies: one
+decision is one step (gamma per decision, the reward of a chunk is the sum over its actions), Huber delta 10, value clip 0.2.
+Departures from pi_RL: a truncated episode is bootstrapped from the value of its final observation inside GAE, not by adding to its
+reward; the value loss has a weight of its own.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from mmrl.algorithms.policy_gradient import PolicyGradientConfig, policy_loss
+from mmrl.numerics.advantages import gae, standardize
+from mmrl.numerics.losses import explained_variance, value_loss
+from mmrl.protocols import Advantages, LikelihoodPolicy, LossContext
+from mmrl.types import Batch, Loss, Rollout
+
+
+class PPO:
+    """See the module."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"rollout", "critic", "likelihood"})
+    group_size = 1
+    whole_episodes = False
+
+    @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+    class Config(PolicyGradientConfig):
+        """Fields of a ``mmrl.algorithms.ppo:PPO`` block."""
+
+        gamma: float = Field(default=0.99, ge=0, le=1)
+        """Discount per decision."""
+        lam: float = Field(default=0.95, ge=0, le=1)
+        """GAE's lambda."""
+        normalize_advantages: bool = True
+        """Standardise advantages over the whole rollout."""
+        value_weight: float = Field(default=1.0, ge=0)
+        """Weight of the value loss (c_V)."""
+        value_clip: float | None = Field(default=0.2, gt=0)
+        """How far a value may move from the rollout's before its loss stops falling; null: as far as it likes."""
+        huber_delta: float | None = Field(default=10.0, gt=0)
+        """Where the value loss turns from square to linear; null: square everywhere."""
+        critic_warmup: int = Field(default=0, ge=0)
+        """Iterations at the start of the stage in which only the critic learns."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.epochs, self.minibatches, self.max_kl = config.epochs, config.minibatches, config.max_kl
+        self.uses_reference = config.kl_weight > 0
+
+    def advantages(self, rollout: Rollout) -> Advantages:
+        advantages_TB, returns_TB = gae(
+            rollout.rewards_TB,
+            rollout.values_TB,
+            rollout.next_values_TB,
+            rollout.terminated_TB,
+            rollout.truncated_TB,
+            gamma=self.config.gamma,
+            lam=self.config.lam,
+        )
+        keep = rollout.valid_TB
+        metrics = {
+            "explained_variance": float(explained_variance(rollout.values_TB, returns_TB, keep)),
+            "advantage_std": float(advantages_TB[keep].std()) if int(keep.sum()) > 1 else 0.0,
+        }
+        if self.config.normalize_advantages:
+            advantages_TB = standardize(advantages_TB, keep, eps=1e-5)
+        return Advantages(advantages_TB, returns_TB, keep, metrics)
+
+    def loss(self, policy: LikelihoodPolicy, batch: Batch, context: LossContext) -> Loss:
+        scored = policy.evaluate(batch.trace)
+        assert scored.values_N is not None
+        actor = policy_loss(self.config, scored, batch, context)
+        critic = value_loss(
+            scored.values_N,
+            batch.old_values_N,
+            batch.returns_N,
+            batch.mask_NK.any(1),
+            clip=self.config.value_clip,
+            huber_delta=self.config.huber_delta,
+            normalizer=context.samples,
+        )
+        actor_weight = 0.0 if context.iteration < self.config.critic_warmup else 1.0
+        value = actor_weight * actor.value + self.config.value_weight * critic.value
+        return Loss(value, {**actor.metrics, **critic.metrics, "value_loss": critic.value.detach()})
+

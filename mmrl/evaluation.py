@@ -1,0 +1,184 @@
+"""Evaluation: the deterministic policy on held-out tasks, with intervals, and a few episodes on video."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmrl.numerics.statistics import wilson_interval
+from mmrl.progress import Progress
+from mmrl.protocols import Environment, Policy, RenderEnvironment
+from mmrl.report.video import write_animation
+from mmrl.types import Observation
+
+VIDEO_FPS = 10
+
+
+@dataclass(frozen=True)
+class FamilyResult:
+    """Success of one task family with its 95 % Wilson interval."""
+
+    success: float
+    episodes: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Success over all episodes and per family; ``return_`` is the mean undiscounted return, ``length`` in env steps."""
+
+    success: float
+    episodes: int
+    low: float
+    high: float
+    return_: float
+    length: float
+    families: Mapping[str, FamilyResult]
+    seconds: float
+
+    def row(self) -> dict[str, Any]:
+        out = asdict(self)
+        out["return"] = out.pop("return_")
+        return out
+
+
+@dataclass
+class _Film:
+    """Frames of the first few slots of an evaluation."""
+
+    slots_M: Tensor
+    frames: list[Tensor]
+
+    def shoot(self, environment: Environment) -> None:
+        if isinstance(environment, RenderEnvironment) and len(self.slots_M):
+            self.frames.append(environment.render_video(self.slots_M).cpu())
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy,
+    environment: Environment,
+    *,
+    episodes: int,
+    first_task: int,
+    generator: torch.Generator,
+    progress: Progress,
+    videos: int = 0,
+    video_folder: Path | None = None,
+    label: str = "",
+    stage: str = "",
+) -> EvaluationResult:
+    """Run the tasks ``first_task ..`` once each, ``num_envs`` at a time; exactly ``episodes`` count.
+
+    Videos of the first ``videos`` episodes of every family (chosen before anything ran) go to ``video_folder``.
+    """
+    started = time.perf_counter()
+    rounds: list[dict[str, Tensor]] = []
+    tasks_M = torch.arange(first_task, first_task + episodes, device=generator.device)
+    with progress.task(f"evaluating {label}".strip(), episodes) as advance:
+        for tasks in tasks_M.split(environment.num_envs):
+            missing = environment.num_envs - len(tasks)
+            tasks_B = torch.cat([tasks, tasks[-1:].expand(missing)])
+            slots = _video_slots(environment.family_of(tasks), videos) if not rounds and video_folder is not None else torch.zeros(0).long()
+            film = _Film(slots, [])
+            outcome, instructions = _play(policy, environment, tasks_B, generator, film)
+            if video_folder is not None and film.frames:
+                _save_films(film, outcome, instructions, environment.family_of(tasks_B), video_folder, label, stage)
+            rounds.append({name: value[: len(tasks)] for name, value in outcome.items()})
+            advance(len(tasks))
+    results = {name: torch.cat([r[name] for r in rounds]).cpu() for name in rounds[0]}
+    by_family: dict[str, list[float]] = defaultdict(list)
+    for family, success in zip(environment.family_of(tasks_M), results["success"].tolist(), strict=True):
+        by_family[family].append(success)
+    families = {name: _family(values) for name, values in sorted(by_family.items())}
+    overall = _family(results["success"].tolist())
+    return EvaluationResult(
+        **asdict(overall),
+        return_=float(results["return"].mean()),
+        length=float(results["steps"].float().mean()),
+        families=families,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _family(successes: list[float]) -> FamilyResult:
+    count = round(sum(successes))
+    low, high = wilson_interval(count, len(successes))
+    return FamilyResult(count / len(successes), len(successes), low, high)
+
+
+def _video_slots(families: tuple[str, ...], videos: int) -> Tensor:
+    """``videos`` slots, shared among the families in turn."""
+    by_family: dict[str, list[int]] = defaultdict(list)
+    for slot, family in enumerate(families):
+        by_family[family].append(slot)
+    chosen: list[int] = []
+    while len(chosen) < videos and any(by_family.values()):
+        for family in sorted(by_family):
+            if by_family[family] and len(chosen) < videos:
+                chosen.append(by_family[family].pop(0))
+    return torch.tensor(sorted(chosen), dtype=torch.long)
+
+
+def _play(
+    policy: Policy, environment: Environment, tasks_B: Tensor, generator: torch.Generator, film: _Film
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """One episode per slot: success, return and env steps [B], and the instructions."""
+    observation: Observation = environment.reset(tasks_B)
+    instructions = observation.instructions
+    done_B = torch.zeros(environment.num_envs, dtype=torch.bool, device=generator.device)
+    success_B, return_B, steps_B = (torch.zeros(environment.num_envs, device=generator.device) for _ in range(3))
+    film.shoot(environment)
+    while not bool(done_B.all()):
+        action_BCA = policy.act(observation, generator, explore=False).action_BCA
+        # One action at a time while filming: the same episode, but every frame is seen.
+        pieces = action_BCA.split(1, dim=1) if film.frames else (action_BCA,)
+        for piece in pieces:
+            step = environment.step(piece)
+            return_B += (step.rewards_BC * step.valid_BC).sum(1) * ~done_B
+            steps_B += step.valid_BC.sum(1) * ~done_B
+            success_B = torch.where(done_B, success_B, step.metrics["success"].to(success_B.dtype))
+            done_B = done_B | step.done_B
+            if film.frames:
+                film.shoot(environment)
+        observation = step.observation
+    return {"success": success_B, "return": return_B, "steps": steps_B, "task": tasks_B}, instructions
+
+
+def _save_films(
+    film: _Film,
+    outcome: Mapping[str, Tensor],
+    instructions: tuple[str, ...],
+    families: tuple[str, ...],
+    folder: Path,
+    label: str,
+    stage: str,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    frames_TM = torch.stack(film.frames)
+    for m, slot in enumerate(film.slots_M.tolist()):
+        steps = int(outcome["steps"][slot])
+        name = f"{stage}-{label}-{slot:04d}"
+        success = bool(outcome["success"][slot] > 0.5)
+        write_animation(folder / f"{name}.webp", frames_TM[: steps + 1, m], fps=VIDEO_FPS, success=success)
+        about = {
+            "label": label,
+            "stage": stage,
+            "task_id": int(outcome["task"][slot]),
+            "family": families[slot],
+            "instruction": instructions[slot],
+            "success": success,
+            "steps": steps,
+            "return": float(outcome["return"][slot]),
+            "video": f"{name}.webp",
+        }
+        (folder / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""The pieces policies.pi0 is made of."""
