@@ -196,8 +196,26 @@ def _translate(kind: Any, details: ErrorDetails) -> Iterator[Problem]:
     elif cause is not None or code == "value_error":
         yield Problem(loc, "", f": {message.removeprefix('Value error, ')}")
     else:
-        wish = message.replace("Input should be", "must be", 1)
-        yield Problem(loc, "", f" {wish[0].lower()}{wish[1:]}, got {details['input']!r}")
+        yield Problem(loc, "", f" {_wish(code, message)}, got {details['input']!r}")
+
+
+# Pydantic's words, which are JSON's, in YAML's and in this project's.
+_WISHES = {
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "dataclass_type": "must be a mapping",
+    "int_from_float": "must be an integer",
+    "too_short": "has too few items",
+    "too_long": "has too many items",
+}
+
+
+def _wish(code: str, message: str) -> str:
+    return _WISHES.get(code) or message.replace("Input should be a valid", "must be a").replace("Input should", "must").replace(
+        "a integer", "an integer"
+    )
 
 
 def field_types(kind: Any) -> dict[str, Any]:

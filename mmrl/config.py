@@ -44,7 +44,7 @@ class CollectConfig(_Block):
     decisions: PositiveInt
     """Decisions of each environment per iteration."""
     auto_reset: bool | None = None
-    """Whether an environment whose episode ended starts another within the same iteration; null: unless the algorithm judges whole episodes."""
+    """Whether an environment whose episode ended starts another within the iteration; null: unless whole episodes are judged."""
 
 
 class SupervisedConfig(_Block):
@@ -247,8 +247,9 @@ def _refusals(config: RunConfig) -> Iterator[str]:
     for stage in config.stages:
         for check in (_blocks, _capabilities, _groups):
             yield from check(config, stage)
-        yield from _overridden(config, f"stages.{stage.name}", stage)
-    yield from _overridden(config, "evaluation", config.evaluation)
+        yield from _overridden(config.policy, stage.policy, f"stages.{stage.name}.policy")
+        yield from _overridden(config.environment, stage.environment, f"stages.{stage.name}.environment")
+    yield from _overridden(config.environment, config.evaluation.environment, "evaluation.environment")
 
 
 # need of an algorithm -> the block of a stage that feeds it
@@ -311,10 +312,9 @@ def _groups(config: RunConfig, stage: StageConfig) -> Iterator[str]:
         yield f"'{key}.algorithm.group_size' is {size}, which does not divide '{key}.collect.num_envs' ({stage.collect.num_envs})"
 
 
-def _overridden(config: RunConfig, key: str, block: StageConfig | EvaluationConfig) -> Iterator[str]:
-    """Errors in the fields that a stage or the evaluation changes in the policy and the environment."""
-    for name in ("policy", "environment"):
-        try:
-            getattr(config, name).override(getattr(block, name), where=f"{key}.{name}")
-        except ConfigError as error:
-            yield from str(error).splitlines()
+def _overridden(component: Component, changes: dict[str, Any], key: str) -> Iterator[str]:
+    """Errors in the fields of the policy or the environment that a stage or the evaluation changes."""
+    try:
+        component.override(changes, where=key)
+    except ConfigError as error:
+        yield from str(error).splitlines()
