@@ -20,6 +20,7 @@ class Panel:
     """A chart: the metrics whose name (prefix and all) matches ``pattern``, and one sentence on how to read it.
 
     unit: shown at the axis; "%" multiplies by 100. low, high: fixed ends of the axis, None where the data decides.
+    group: the section it stands in. noisy: whether the curve is smoothed.
     """
 
     key: str
@@ -30,6 +31,7 @@ class Panel:
     low: float | None = None
     high: float | None = None
     group: str = "optimisation"
+    noisy: bool = True
 
 
 # A metric goes to the first panel that matches. Names are the last part of "prefix/name", whatever wrote the prefix.
@@ -90,9 +92,9 @@ PANELS = (
         r"mismatch",
         "nats",
     ),
-    Panel("lr", "Learning rate", "Of each parameter group.", r"(^|/)(lr|learning_rate)(/|_|$)", low=0),
-    Panel("speed", "Environment steps", "Collected per second.", r"(^|/)env_steps_per_s$", "steps/s", 0),
-    Panel("decisions", "Decisions", "Made per second.", r"(^|/)decisions_per_s$", "decisions/s", 0),
+    Panel("lr", "Learning rate", "Of each parameter group.", r"(^|/)(lr|learning_rate)(/|_|$)", low=0, noisy=False),
+    Panel("speed", "Environment steps", "Collected per second.", r"(^|/)env_steps_per_s$", "steps/s", 0, group="speed"),
+    Panel("decisions", "Decisions", "Made per second.", r"(^|/)decisions_per_s$", "decisions/s", 0, group="speed"),
 )
 _OTHER = Panel("other", "", "", "", group="other")
 _TIMES = re.compile(r"^seconds/")  # shown as the wall-clock split
@@ -110,8 +112,13 @@ def chart_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not _TIMES.match(name):
             panel = _panel(name)
             curve = [_finite(row.get(name)) for row in binned]
-            panels.setdefault(panel.key, _empty(panel))["series"].append(_series(name, curve, [row["stage"] for row in binned]))
-    points = [_point(row, rate) for row in rows if row["kind"] == "evaluation" and (rate := Rate.of(row))]
+            smoothed = smooth(curve, [row["stage"] for row in binned]) if panel.noisy else curve
+            panels.setdefault(panel.key, _empty(panel))["series"].append(_series(name, curve, smoothed))
+    points = [
+        _point(row, rate) | {"stage": stages.index(row["stage"])}
+        for row in rows
+        if row["kind"] == "evaluation" and (rate := Rate.of(row))
+    ]
     if points:
         panels.setdefault("success", _empty(PANELS[0]))["points"] = points
     order = [panel.key for panel in PANELS]
@@ -148,9 +155,8 @@ def _empty(panel: Panel) -> dict[str, Any]:
     return {**{name: getattr(panel, name) for name in shown}, "series": [], "points": []}
 
 
-def _series(name: str, curve: Curve, stages: Sequence[str]) -> dict[str, Any]:
+def _series(name: str, curve: Curve, smoothed: Curve) -> dict[str, Any]:
     known = [value for value in curve if value is not None]
-    smoothed = smooth(curve, stages)
     return {
         "name": name,
         "raw": [_round(value) for value in curve],

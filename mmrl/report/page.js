@@ -4,6 +4,7 @@
   const tip = document.getElementById("tip");
   const panels = new Map(data.panels.map((panel) => [panel.key, panel]));
   const plots = [...document.querySelectorAll(".plot")];
+  const PER_X_TICK = 70, PER_Y_TICK = 36; // pixels
   let axis = "minutes";
 
   // ------------------------------------------------------------------ small helpers
@@ -34,7 +35,7 @@
     if (unit === "%") return `${+(100 * value).toFixed(1)} %`;
     const size = Math.abs(value);
     if (value === 0) return "0";
-    if (size < 1e-3 || size >= 1e6) return value.toExponential(1).replace("e+", "e");
+    if (size < 1e-4 || size >= 1e6) return value.toExponential(1).replace(".0e", "e").replace("e+", "e");
     return size >= 1000 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(3));
   };
 
@@ -68,27 +69,31 @@
     return d;
   };
 
-  /** Where each stage begins and ends on the axis: [{name, from, to}]. */
+  /** Where each stage begins and ends on the axis, its evaluations included: [{name, from, to}]. */
   const spans = () => {
-    const at = data.axes[axis], found = [];
-    data.stage.forEach((stage, i) => {
+    const rows = data.stage.map((stage, i) => ({ stage, at: data.axes[axis][i] }));
+    const points = (panels.get("success")?.points ?? []).map((point) => ({ stage: point.stage, at: point[axis] }));
+    const found = [];
+    for (const { stage, at } of [...rows, ...points].sort((a, b) => a.stage - b.stage || a.at - b.at)) {
       const last = found.at(-1);
-      if (last && last.stage === stage) last.to = at[i];
-      else found.push({ stage, name: data.stages[stage], from: last ? last.to : at[i], to: at[i] });
-    });
+      if (last && last.stage === stage) last.to = at;
+      else found.push({ stage, name: data.stages[stage], from: last ? last.to : at, to: at });
+    }
     return found;
   };
 
   const drawAxes = (root, panel, frame) => {
     const { left, right, top, bottom, x, y, ends } = frame;
-    for (const value of ticks(ends.y0, ends.y1, (bottom - top) / 42)) {
+    for (const value of ticks(ends.y0, ends.y1, (bottom - top) / PER_Y_TICK)) {
       root.append(svg("line", { class: "gridline", x1: left, x2: right, y1: y(value), y2: y(value) }));
       root.append(svg("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, written(value, panel.unit).replace(" %", "")));
     }
-    for (const value of ticks(ends.x0, ends.x1, (right - left) / 90)) {
-      if (axis === "step" && !Number.isInteger(value)) continue;
+    const across = ticks(ends.x0, ends.x1, (right - left) / PER_X_TICK).filter((value) => axis === "minutes" || Number.isInteger(value));
+    for (const value of across)
       root.append(svg("text", { x: x(value), y: bottom + 18, "text-anchor": "middle" }, written(value, "")));
-    }
+    const last = across.length ? x(across.at(-1)) : left, unit = axis === "minutes" ? "min" : "it.";
+    if (right - last > 42) root.append(svg("text", { x: right, y: bottom + 18, "text-anchor": "end" }, unit));
+    else root.lastChild.textContent += ` ${unit}`;
   };
 
   const drawStages = (root, frame) => {
@@ -109,10 +114,10 @@
   };
 
   const draw = (plot) => {
-    const panel = panels.get(plot.dataset.panel), width = plot.clientWidth, height = plot.clientHeight - 8;
+    const panel = panels.get(plot.dataset.panel), width = plot.clientWidth, height = plot.clientHeight;
     if (width === 0) return; // within a closed <details>; the observer calls again when it opens
     const ends = domain(panel);
-    const labels = ticks(ends.y0, ends.y1, (height - 48) / 42).map((v) => written(v, panel.unit).replace(" %", "").length);
+    const labels = ticks(ends.y0, ends.y1, (height - 48) / PER_Y_TICK).map((v) => written(v, panel.unit).replace(" %", "").length);
     const frame = { left: 14 + 6.6 * Math.max(1, ...labels), right: width - 10, top: 22, bottom: height - 26, ends };
     frame.x = (value) => frame.left + ((value - ends.x0) / (ends.x1 - ends.x0)) * (frame.right - frame.left);
     frame.y = (value) => frame.bottom - ((value - ends.y0) / (ends.y1 - ends.y0)) * (frame.bottom - frame.top);
@@ -222,9 +227,10 @@
     plot.addEventListener("blur", () => hide(plot));
     plot.addEventListener("keydown", (event) => keyboard(plot, event));
     draw(plot);
-    let drawnAt = plot.clientWidth;
+    const size = () => `${plot.clientWidth} ${plot.clientHeight}`;
+    let drawn = size();
     new ResizeObserver(() => {
-      if (plot.clientWidth !== drawnAt) { drawnAt = plot.clientWidth; draw(plot); }
+      if (size() !== drawn) { drawn = size(); draw(plot); }
     }).observe(plot);
   }
   for (const choice of document.querySelectorAll("input[name=axis]"))

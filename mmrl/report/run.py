@@ -49,6 +49,16 @@ class Run:
     notices: list[str] = field(default_factory=list)
 
     @property
+    def targets(self) -> list[str]:
+        """The classes this run is made of, as its config names them, each once, and its seed."""
+        stages = self.config.get("stages")
+        blocks = [self.config.get("policy"), self.config.get("environment")]
+        blocks += [stage.get("algorithm") for stage in stages if isinstance(stage, Mapping)] if isinstance(stages, list) else []
+        named = [str(block["target"]) for block in blocks if isinstance(block, Mapping) and "target" in block]
+        seed = [f"seed {self.config['seed']}"] if "seed" in self.config else []
+        return list(dict.fromkeys(named)) + seed
+
+    @property
     def train_rows(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["kind"] == "train"]
 
@@ -116,7 +126,8 @@ def _clips(folder: Path, notices: list[str]) -> tuple[list[Clip], int]:
         if len(shown) < MAX_CLIPS and size <= room:
             room -= size
             shown.append(_clip(record, video))
-    return sorted(shown, key=lambda clip: (clip.family, clip.task_id)), len(records) - len(shown)
+    # the same task before and after stand side by side
+    return sorted(shown, key=lambda clip: (clip.family, clip.task_id, clip.label != "before")), len(records) - len(shown)
 
 
 def _evenly(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -28,9 +29,9 @@ def write_animation(path: Path, frames_THWC: Tensor, fps: float, success: bool |
         _border(images[-1], SUCCESS if success else FAILURE)
     durations = [round(1000 / fps)] * (len(images) - 1) + [LAST_FRAME_MS]
     with replacing(path) as unfinished:
-        images[0].save(
-            unfinished, "WEBP", save_all=True, append_images=images[1:], duration=durations, loop=0, quality=80, method=3
-        )
+        # mixed: flat renderings become lossless frames (exact, and a third of the size), photographs lossy ones
+        encoding: dict[str, Any] = {"quality": 80, "method": 3, "allow_mixed": True}
+        images[0].save(unfinished, "WEBP", save_all=True, append_images=images[1:], duration=durations, loop=0, **encoding)
 
 
 def _border(image: Image.Image, colour: tuple[int, int, int]) -> None:

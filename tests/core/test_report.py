@@ -29,9 +29,10 @@ CONFIG = """\
 name: synthetic
 seed: 0
 policy: {target: "policies.pi0:Pi0", checkpoint: assets/tiny_pi0}
+environment: {target: "simulators.tabletop:Tabletop"}
 stages:
-- {name: warm_start, iterations: 40}
-- {name: improve, iterations: 60}
+- {name: warm_start, iterations: 40, algorithm: {target: "mmrl.algorithms.sft:SFT"}}
+- {name: improve, iterations: 60, algorithm: {target: "mmrl.algorithms.ppo:PPO"}}
 """
 INJECTION = "<script>alert('x')</script> & </script><b>push</b>"
 
@@ -168,6 +169,7 @@ def test_the_headline_compares_the_last_stage_with_what_it_started_from(run_dir,
     low, high = wilson_interval(round(rate.success * 512), 512)
     assert f"{100 * rate.success:.1f} % success after improve 95 % interval {100 * low:.1f}–{100 * high:.1f} %" in text
     assert f"+{100 * (rate.success - summary.milestones[1].overall.success):.1f} percentage points" in text
+    assert "policies.pi0:Pi0 · simulators.tabletop:Tabletop · mmrl.algorithms.sft:SFT · mmrl.algorithms.ppo:PPO · seed 0" in text
     assert "Not finished" not in text and "Not finite" not in text
 
 
