@@ -25,7 +25,7 @@ class Domain:
     action_noise: float  # standard deviation added to each motion command
     push_grip: float  # share of a push that the block follows at once
     push_drift: float  # largest sideways slip of a pushed block, relative to the push
-    expert_gain: float  # share of the remaining way the expert covers per step; a delay makes it overshoot unless this is low
+    patience: float  # default time limits, relative to those of the simulated world
 
 
 DOMAINS = {
@@ -43,7 +43,7 @@ DOMAINS = {
         action_noise=0.0,
         push_grip=1.0,
         push_drift=0.0,
-        expert_gain=0.65,
+        patience=1.0,
     ),
     "real": Domain(
         zoom=0.86,
@@ -56,9 +56,9 @@ DOMAINS = {
         table=((150, 118, 84), (128, 98, 68)),
         stripes=True,
         delayed=True,
-        action_noise=0.08,
-        push_grip=0.85,
-        push_drift=0.15,
-        expert_gain=0.35,
+        action_noise=0.05,
+        push_grip=0.9,
+        push_drift=0.1,
+        patience=1.5,
     ),
 }

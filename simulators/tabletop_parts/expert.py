@@ -13,23 +13,25 @@ from simulators.tabletop_parts.physics import CONTACT, length
 from simulators.tabletop_parts.scene import PUSH, REACH, SORT, Layout, State
 from simulators.tabletop_parts.tasks import Verdict
 
+_GAIN = 0.65  # share of the remaining way covered per step
 _HOVER = 0.13  # height at which the gripper travels
 _GRASP_Z = 0.01
 _ALIGNED = 0.03
-_LEAD = 0.1  # how far ahead of the block's present place a push aims
+_STRIDE = 0.055  # length of a pushing step
+_ASTRAY = 0.06  # a pushing gripper this far out of line starts anew
 
 Waypoint = tuple[Tensor, Tensor]  # target [B, 3] and closed [B]
 
 
-def expert_action(layout: Layout, state: State, verdict: Verdict, *, speed: float, expert_speed: float, gain: float) -> Tensor:
-    """The next action in each environment, which covers the share ``gain`` of the way left, at most ``expert_speed``: [B, 4]."""
+def expert_action(layout: Layout, state: State, verdict: Verdict, *, speed: float, expert_speed: float) -> Tensor:
+    """The next action in each environment, at most ``expert_speed`` along an axis: [B, 4]."""
     target_B3, close_B = _fetch(layout, state, verdict)
     for family, behaviour in ((REACH, _reach), (PUSH, _push)):
         other_B3, other_close_B = behaviour(layout, state, verdict)
         mine_B = layout.family_B == family
         target_B3 = torch.where(mine_B[:, None], other_B3, target_B3)
         close_B = torch.where(mine_B, other_close_B, close_B)
-    way_B3 = (target_B3 - state.gripper_B3) * (gain / speed)
+    way_B3 = (target_B3 - state.gripper_B3) * (_GAIN / speed)
     largest_B = way_B3.abs().amax(1).clamp(min=expert_speed)
     motion_B3 = way_B3 * (expert_speed / largest_B)[:, None]
     return torch.cat([motion_B3, torch.where(close_B, 1.0, -1.0)[:, None]], dim=1)
@@ -74,9 +76,10 @@ def _push(layout: Layout, state: State, verdict: Verdict) -> Waypoint:
     from_block_B2 = gripper_B3[:, :2] - block_B3[:, :2]
     along_B = from_block_B2[:, 0] * ahead_B2[:, 0] + from_block_B2[:, 1] * ahead_B2[:, 1]
     aside_B = (from_block_B2[:, 0] * ahead_B2[:, 1] - from_block_B2[:, 1] * ahead_B2[:, 0]).abs()
-    behind_B = (along_B < -0.5 * CONTACT) & (along_B > -0.2) & (aside_B < 0.04)
+    behind_B = (along_B < -0.02) & (along_B > -0.2) & (aside_B < torch.where(gripper_B3[:, 2] < 0.04, _ASTRAY, 0.04))
     low_B = gripper_B3[:, 2] < 0.04
-    advance_B = torch.where(behind_B & low_B, goal_distance_B.clamp(max=_LEAD), -0.02) - CONTACT
+    stride_B = goal_distance_B.clamp(max=_STRIDE / _GAIN) * (1 - aside_B / _ASTRAY).clamp(min=0.0)  # first back into line
+    advance_B = torch.where(behind_B & low_B, stride_B, -0.02) - CONTACT
     target_B2 = block_B3[:, :2] + ahead_B2 * advance_B[:, None]
     close_by_B = length(from_block_B2) < 0.15
     blocked_B = ~behind_B & close_by_B & (gripper_B3[:, 2] < 0.08)  # rise before going around the block

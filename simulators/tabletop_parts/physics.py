@@ -6,7 +6,7 @@ onto whatever is below. Only exactly rounded operations are used, so a result do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,12 +55,21 @@ class Physics:
         blocks_BK3 = torch.cat([xy_BK2, z_BK[..., None]], dim=-1)
         return State(gripper_B3, (~closed_B).float(), blocks_BK3, held_B, command_BA, state.step_B + 1)
 
+    def foresee(self, state: State) -> State:
+        """The state with the gripper where it will be when a command given now takes effect, noise aside."""
+        if not self.domain.delayed:
+            return state
+        return replace(state, gripper_B3=self._displace(state.gripper_B3, state.queued_BA[:, :3]))
+
     def _move(self, state: State, layout: Layout, executed_BA: Tensor) -> Tensor:
         motion_B3 = executed_BA[:, :3]
         if self.domain.action_noise > 0:
             noise_B3 = normal(self.noise_key, layout.task_B, state.step_B, 3)
             motion_B3 = motion_B3 + noise_B3 * self.domain.action_noise
-        moved_B3 = (state.gripper_B3 + motion_B3 * self.speed).clamp(min=0.0)
+        return self._displace(state.gripper_B3, motion_B3)
+
+    def _displace(self, gripper_B3: Tensor, motion_B3: Tensor) -> Tensor:
+        moved_B3 = (gripper_B3 + motion_B3 * self.speed).clamp(min=0.0)
         return torch.minimum(moved_B3, moved_B3.new_tensor((1.0, 1.0, CEILING)))
 
     def _grasp(self, state: State, gripper_B3: Tensor, closed_B: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class Painter:
         return (torch.arange(b, dtype=torch.int32, device=layout.task_B.device) * LABELS)[:, None]
 
     def _things(self, layout: Layout, state: State) -> tuple[Tensor, Tensor]:
-        """Sprite numbers [B, N] and places [B, N, 3] from back to front: shadows, blocks from low and far to high and near, gripper."""
+        """Sprite numbers [B, N] and places [B, N, 3] from back to front: shadows, blocks (low and far ones first), gripper."""
         blocks_BK3 = state.blocks_BK3
         order_BK = (blocks_BK3[..., 2] * 16 - blocks_BK3[..., 1]).argsort(dim=1, stable=True)
         sorted_BK3 = blocks_BK3.gather(1, order_BK[..., None].expand_as(blocks_BK3))
