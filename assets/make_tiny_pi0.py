@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING, PI0Config, PreTrainedTokenizerFast
 
 from simulators.tabletop_parts.language import vocabulary
 
-WIDTH, LAYERS, HEADS, HEAD_DIM, PATCH, IMAGE = 96, 3, 4, 32, 16, 64
+WIDTH, LAYERS, HEADS, HEAD_DIM, PATCH, IMAGE = 80, 3, 2, 40, 16, 64
+ACTIVATION = "silu"  # half the time of Gemma's tanh-gelu on a CPU
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -34,6 +35,8 @@ def build_config(vocabulary_size: int, *, width: int = WIDTH, layers: int = LAYE
         "num_attention_heads": HEADS,
         "num_key_value_heads": 1,
         "head_dim": HEAD_DIM,
+        "hidden_act": ACTIVATION,
+        "hidden_activation": ACTIVATION,
         "pad_token_id": 0,
     }
     vision = {
@@ -42,6 +45,7 @@ def build_config(vocabulary_size: int, *, width: int = WIDTH, layers: int = LAYE
         "intermediate_size": 3 * width,
         "num_hidden_layers": vision_layers,
         "num_attention_heads": HEADS,
+        "hidden_act": ACTIVATION,
         "image_size": IMAGE,
         "patch_size": patch,
         "vision_use_head": False,

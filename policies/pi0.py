@@ -114,6 +114,8 @@ class Pi0(nn.Module):
         """Text is padded to this length."""
         flow_samples: int = 1
         """Noise and time draws per example in the supervised loss, all over one encoded prefix."""
+        attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+        """transformers' attention implementation; eager is the fastest for tiny models on a CPU."""
         dtype: Literal["float32", "bfloat16", "float64"] = "float32"
         """Storage type of the weights; densities and chains are computed in float32 or better in any case."""
         seed: int = 0
@@ -152,7 +154,7 @@ class Pi0(nn.Module):
         super().__init__()
         self.config, self.version = config, 0
         dtype = _DTYPES[config.dtype]
-        self.model = load_model(config.checkpoint, config.weights, dtype, config.seed)
+        self.model = load_model(config.checkpoint, config.weights, dtype, config.attention, config.seed)
         self.statistics = load_statistics(config.checkpoint)
         tokenizer = load_tokenizer(config.checkpoint)
         self._hf_tokenizer, self._tokenizer = tokenizer, Tokenizer(tokenizer, config.max_text_tokens)

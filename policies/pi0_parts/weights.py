@@ -66,12 +66,12 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
         raise MMRLError(f"policy.checkpoint = {checkpoint}: no tokenizer could be loaded from there ({_first_line(error)})") from error
 
 
-def load_model(checkpoint: str, weights: str, dtype: torch.dtype, seed: int) -> PI0ForConditionalGeneration:
+def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str, seed: int) -> PI0ForConditionalGeneration:
     """``pretrained``: transformers' own loader, safetensors only. ``random``: the architecture of config.json, initialised afresh."""
     try:
         if weights == "pretrained":
-            return PI0ForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
-        config = AutoConfig.from_pretrained(checkpoint)
+            return PI0ForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype, attn_implementation=attention, use_safetensors=True)
+        config = AutoConfig.from_pretrained(checkpoint, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise MMRLError(f"policy.checkpoint = {checkpoint}: cannot be loaded as a pi0 ({_first_line(error)})") from error
     with torch.random.fork_rng(devices=[]):
