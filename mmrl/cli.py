@@ -6,34 +6,35 @@ A mistake of the user ends in one sentence on standard error and exit code 2; an
 from __future__ import annotations
 
 import errno
+import importlib
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from mmrl import config as configuration
-from mmrl import doctor as diagnosis
-from mmrl import evaluation, progress, report, trainer
-from mmrl.config import RunConfig
-from mmrl.describe import describe
 from mmrl.errors import ConfigError, MMRLError
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+_FOLDER = "choose another with output=FOLDER"
 # What the operating system may refuse while a run is written, and what to do about it.
 _REFUSALS = {
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
-    errno.EACCES: "the folder is not writable; choose another with output=FOLDER",
-    errno.EPERM: "the folder is not writable; choose another with output=FOLDER",
-    errno.EROFS: "the file system is read-only; choose another folder with output=FOLDER",
+    errno.EACCES: f"there is no permission to write here; {_FOLDER}",
+    errno.EPERM: f"there is no permission to write here; {_FOLDER}",
+    errno.EROFS: f"the file system is read-only; {_FOLDER}",
+    errno.ENOTDIR: f"a file stands where a folder is needed; {_FOLDER}",
+    errno.EEXIST: f"a file stands where a folder is needed; {_FOLDER}",
 }
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as stages.improve.optimizer.lr=1e-4.")
 ]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/quickstart.")]
 
 
 class _Commands(TyperGroup):
@@ -56,12 +57,12 @@ app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,
     help="Reinforcement learning for models that see and act.",
 )
 
 
-@app.command()
+@app.command("train")
 def train(
     config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; left out with --resume.")] = None,
     overrides: Overrides = None,
@@ -69,51 +70,48 @@ def train(
     name: Annotated[str | None, typer.Option(help="Name of the run, instead of the config's.")] = None,
 ) -> None:
     """Train what CONFIG describes, or continue a run; the last line printed is the path of its report."""
-    if (config is None) == (resume is None):
-        raise ConfigError("give a config to train, or --resume RUN to continue a run, and not both")
-    if config is None:
-        assert resume is not None
-        if name is not None:
-            raise ConfigError("--name cannot be given with --resume: a run keeps its name and its config")
-        _run(_existing_run(resume), None)
-        return
-    changes = [*(overrides or ()), *([f"name={name}"] if name is not None else [])]
-    loaded = configuration.load(config, changes)
-    named = any(change.startswith("name=") for change in changes)
-    run_dir = _fresh_run(Path(loaded.output) / loaded.name, named=named)
-    _run(run_dir, loaded.model_copy(update={"name": run_dir.name}))
+    if resume is not None:
+        if config is not None or name is not None:
+            raise ConfigError(
+                "--resume takes no config, override or name: a run goes on with the configuration it was started with"
+            )
+        _until_interrupted(resume, lambda: _commands().resume(resume))
+    elif config is not None:
+        loaded, run_dir, note = _commands().plan(config, overrides or [], name)
+        if note:
+            typer.echo(note, err=True)
+        _until_interrupted(run_dir, lambda: _commands().train(loaded, run_dir))
+    else:
+        raise ConfigError("give a config to train, such as configs/quickstart.yaml, or --resume RUN to continue a run")
 
 
-@app.command()
+@app.command("evaluate")
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or the YAML file it was started from.")],
     overrides: Overrides = None,
     episodes: Annotated[int | None, typer.Option(min=1, help="Episodes to play, instead of the config's.")] = None,
 ) -> None:
     """Measure the policy of a run on held-out episodes."""
-    if run.is_file():
-        loaded = configuration.load(run)
-        run = Path(loaded.output) / loaded.name
-    evaluation.evaluate_run(_existing_run(run), overrides or [], episodes, progress.make())
+    _commands().evaluate(run, overrides or [], episodes)
 
 
 @app.command("report")
-def report_(run: RunPath) -> None:
+def report(run: Run) -> None:
     """Write a run's report.html again and print its path."""
-    typer.echo(report.build(_existing_run(run)))
+    typer.echo(_commands().build_report(run))
 
 
 @app.command("doctor")
 def doctor() -> None:
     """Say what works on this machine, and the command that mends what does not."""
-    for line in diagnosis.lines():
+    for line in _commands().diagnose():
         typer.echo(line)
 
 
 @app.command("show-config")
-def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
+def show_config(config: Config, overrides: Overrides = None) -> None:
     """Print CONFIG as it would run: every field, its value and what it means."""
-    typer.echo(describe(configuration.load(config, overrides or [])), nl=False)
+    typer.echo(_commands().show_config(config, overrides or []), nl=False)
 
 
 def main() -> None:
@@ -121,38 +119,15 @@ def main() -> None:
     app()
 
 
-def _run(run_dir: Path, config: RunConfig | None) -> None:
-    """Start (``config`` given) or continue the run in ``run_dir``, then print where its report is."""
-    display = progress.make()
+def _commands() -> ModuleType:
+    """``mmrl.commands``, which loads torch: only once there is something to do."""
+    return importlib.import_module("mmrl.commands")
+
+
+def _until_interrupted(run_dir: Path, work: Callable[[], Path]) -> None:
+    """Do the work and print where its report is; an interrupt ends in a sentence that says how to go on."""
     try:
-        if config is None:
-            trainer.resume(run_dir, display)
-        else:
-            trainer.train(config, run_dir, display)
+        typer.echo(work())
     except KeyboardInterrupt:
         typer.secho(f"Interrupted; continue with `mmrl train --resume {run_dir}`.", fg=typer.colors.YELLOW, err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    typer.echo(report.build(run_dir))
-
-
-def _existing_run(path: Path) -> Path:
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"{path}: is no run (it has no config.yaml); a run is a folder such as runs/quickstart")
-    return path
-
-
-def _fresh_run(wanted: Path, *, named: bool) -> Path:
-    """``wanted`` if nothing is there yet, else the first free ``wanted-2``, ``wanted-3``; a name the user chose stays."""
-    if not _occupied(wanted):
-        return wanted
-    if named:
-        raise ConfigError(f"{wanted}: is a run already; continue it with --resume {wanted}, or choose another name=NAME")
-    counter = 2
-    while _occupied(fresh := wanted.with_name(f"{wanted.name}-{counter}")):
-        counter += 1
-    typer.echo(f"{wanted} is a run already (--resume {wanted} would continue it); this one goes to {fresh}.", err=True)
-    return fresh
-
-
-def _occupied(path: Path) -> bool:
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
