@@ -65,6 +65,11 @@ def save(checkpoints: Path, number: int, sections: Sections, meta: Mapping[str, 
     return final
 
 
+def any_saved(checkpoints: Path) -> bool:
+    """Whether a checkpoint, complete or damaged, was ever put in place here; a killed first save leaves none."""
+    return bool(_listed(checkpoints)) or any(checkpoints.glob(f"{_REPLACED}*"))
+
+
 def latest(checkpoints: Path) -> Found:
     """The newest complete checkpoint, every byte of it verified.
 

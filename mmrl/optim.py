@@ -79,8 +79,6 @@ class OptimizerConfig:
     """Where ``cosine_with_min_lr`` ends, as a fraction of the peak (it needs the number, the other schedules refuse it)."""
     ema: float | None = None
     """Decay of an exponential moving average of the weights, used for evaluation (None: no average)."""
-    max_skipped: int = 10
-    """Updates skipped in a row, because loss or gradient was not finite, after which the run stops."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -91,8 +89,6 @@ class OptimizerConfig:
             raise ValueError(f"clip_norm is {self.clip_norm}; give a positive number, or null for no clipping")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; give a decay between 0 and 1 such as 0.99, or null for no average")
-        if self.max_skipped < 1:
-            raise ValueError(f"max_skipped is {self.max_skipped}; the run stops after at least 1 skipped update")
         self._check_schedule()
         return self
 
@@ -125,8 +121,8 @@ class Optimization:
     """Updates a policy's parameters, group by group; one per stage.
 
     ``parameters_by_group`` is what ``Policy.trainable()`` returns; groups without parameters are left out. ``total_updates`` is
-    where decaying schedules end. ``max_skipped`` overrides the config's. Raises ConfigError for a configured group that is not
-    trained.
+    where decaying schedules end, ``max_skipped`` how many updates in a row may be skipped before the run stops. Raises
+    ConfigError for a configured group that is not trained.
     """
 
     def __init__(
@@ -134,12 +130,13 @@ class Optimization:
         config: OptimizerConfig,
         parameters_by_group: Mapping[str, Sequence[nn.Parameter]],
         total_updates: int,
-        max_skipped: int | None = None,
+        *,
+        max_skipped: int,
     ) -> None:
         groups = {name: list(parameters_by_group[name]) for name in sorted(parameters_by_group) if len(parameters_by_group[name])}
         _check_groups(config, groups)
         self._config = config
-        self._max_skipped = config.max_skipped if max_skipped is None else max_skipped
+        self._max_skipped = max_skipped
         self._named = {f"{group}/{i}": p for group, parameters in groups.items() for i, p in enumerate(parameters)}
         self._optimizer = _adamw(config, groups)
         self._scheduler = _scheduler(config, self._optimizer, total_updates)

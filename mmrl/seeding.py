@@ -71,7 +71,8 @@ class Streams:
         if unknown or missing:
             what = f"an unknown key {unknown[0]!r}" if unknown else f"no {missing[0]!r}"
             raise CheckpointError(f"the generator state holds {what}; resume from a checkpoint written by this version")
-        self._generators.clear()
+        for (name, _), generator in self._generators.items():  # in place: whoever holds a generator goes on with the right one
+            generator.manual_seed(derive_seed(self.seed, name))
         for key, value in state.items():
             if key.startswith(_STREAM):
                 name, device = key.removeprefix(_STREAM).split("/")

@@ -96,7 +96,9 @@ def test_a_resumed_run_draws_what_an_unbroken_one_draws() -> None:
     global_draws()
     resumed = Streams(3)
     draw(resumed.get("later"), 4)  # drawn before the load, for instance while building: forgotten
+    held = resumed.get("collect")
     resumed.load(state)
+    assert resumed.get("collect") is held
     for name, value in zip(("collect", "data", "later"), expected, strict=True):
         assert torch.equal(draw(resumed.get(name)), value), name
     assert global_draws() == expected_global
