@@ -56,7 +56,7 @@ class Tabletop:
         tolerance: float = Field(default=0.05, gt=0)
         """How near the gripper must come in the plane for the reach family, in workspace units (a block's radius is 0.075)."""
         max_steps: dict[str, int] | None = None
-        """Actions until truncation per family; families left out keep their default (half as many again in the slower ``real`` domain)."""
+        """Actions until truncation per family; others keep their default (half as many again in ``real``)."""
         speed: float = Field(default=0.08, gt=0, le=0.15)
         """How far an action of size one moves the gripper along an axis, in workspace units."""
         reward: Literal["sparse", "dense"] = "sparse"
