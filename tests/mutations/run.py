@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ import torch  # noqa: F401
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 300  # for one bug; one that makes the tests hang is reported, not waited for
+SECONDS = 300  # of processor time for one bug: one that makes the tests run for ever is reported, a busy machine is not
 VERDICTS = {0: "SURVIVED", 1: "caught"}  # pytest's exit statuses; every other one is an error
 
 
@@ -100,16 +101,13 @@ def run_tests(folder: Path, tests: list[str]) -> tuple[int, str]:
     log = folder / "mutation.log"
     child = multiprocessing.get_context("fork").Process(target=pytest_in, args=(folder, tests, log))
     child.start()
-    child.join(SECONDS)
-    if child.is_alive():
-        child.kill()
-        child.join()
-        return -1, f"took more than {SECONDS} s"
+    child.join()
     return child.exitcode or 0, log.read_text()
 
 
 def pytest_in(folder: Path, tests: list[str], log: Path) -> None:
     """Become a fresh pytest in ``folder`` (runs in the forked process)."""
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
