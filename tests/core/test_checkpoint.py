@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -272,19 +273,14 @@ def test_a_full_disk(small_disk: Path) -> None:
 
 def test_a_file_size_limit(tmp_path: Path) -> None:
     """``ulimit -f``: the system refuses the bytes beyond it, as a quota does."""
-    program = """
-        import resource, sys, torch
-        from pathlib import Path
-        from mmrl import checkpoint
-        checkpoint.save(Path(sys.argv[1]), 1, {"policy": {"w": torch.zeros(10)}}, {}, 1)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        try:
-            checkpoint.save(Path(sys.argv[1]), 2, {"policy": {"w": torch.zeros(100_000)}}, {}, 1)
-        except checkpoint.CheckpointError as error:
-            print(error)
-    """
-    printed = run_program(program, str(tmp_path))
-    assert "000002: File too large; free some space" in printed
+    save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="000002: File too large; free some space"):
+            checkpoint.save(tmp_path, 2, {"policy": {"w": torch.zeros(100_000)}}, {}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path) == ["000001"]
     assert checkpoint.latest(tmp_path).path == tmp_path / "000001"
 
