@@ -1,0 +1,103 @@
+"""The code that CONTRIBUTING.md shows runs, keeps the promises it is an example of, and does what its docstrings say."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mmrl.protocols import Environment, LikelihoodPolicy, LossContext, RolloutAlgorithm
+from mmrl.registry import ROOT
+from mmrl.rollout import Collector
+from mmrl.types import Batch
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every name that a block defines."""
+    names: dict[str, Any] = {}
+    for number, block in enumerate(BLOCKS):
+        module = ModuleType(f"contributing_{number}")
+        sys.modules[module.__name__] = module  # where dataclasses look their annotations up
+        exec(compile(block, f"CONTRIBUTING.md, block {number}", "exec"), vars(module))
+        names |= vars(module)
+    return names
+
+
+@pytest.fixture
+def parts(shown: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Policy, environment of 14 slots, algorithm."""
+    policy = shown["LinearGaussian"](shown["LinearGaussian"].Config(state_dim=1, action_dim=1), device=torch.device("cpu"))
+    environment = shown["Walk"](shown["Walk"].Config(), num_envs=14, device=torch.device("cpu"))
+    return policy, environment, shown["Reinforce"](shown["Reinforce"].Config())
+
+
+def test_they_keep_their_promises(parts: tuple[Any, Any, Any]) -> None:
+    policy, environment, algorithm = parts
+    assert isinstance(policy, LikelihoodPolicy)
+    assert isinstance(environment, Environment)
+    assert all(hasattr(algorithm, name) for name in ("needs", *RolloutAlgorithm.__annotations__, "advantages", "loss"))
+
+
+def test_the_walk_ends_where_it_says(parts: tuple[Any, Any, Any]) -> None:
+    _, environment, _ = parts
+    environment.reset(torch.arange(14))
+    step = environment.step(torch.ones(14, 4, 1))  # 0.8 further in four steps: tasks 2, 3, ... started at 0.2 or beyond
+    assert step.metrics["success"].tolist() == [float(task % 7 >= 2) for task in range(14)]
+    assert step.rewards_BC.sum(1).tolist() == step.metrics["success"].tolist()
+    step = environment.step(-torch.ones(14, 6, 1))
+    assert step.truncated_B.tolist() == [task % 7 < 2 for task in range(14)]
+    assert not step.valid_BC[2].any()
+
+
+def test_the_three_learn_together(parts: tuple[Any, Any, Any]) -> None:
+    policy, environment, algorithm = parts
+    torch.nn.init.zeros_(policy.mean.weight)
+    torch.nn.init.constant_(policy.mean.bias, 0.2)  # walks 0.4 on average, which is enough for some of the tasks
+    generator = torch.Generator().manual_seed(0)
+    collector = Collector(environment, decisions=10, auto_reset=False)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
+    success = []
+    for _ in range(40):
+        rollout = collector.collect(policy, generator)
+        advantages = algorithm.advantages(rollout)
+        keep = advantages.keep_TB
+        trace = policy.pack(rollout)
+        old = rollout.log_probs_TBK[keep]
+        torch.testing.assert_close(policy.evaluate(trace).log_probs_NK, old, rtol=0, atol=0)
+        zero = torch.zeros(len(old))
+        batch = Batch(trace, old, rollout.mask_TBK[keep], advantages.advantages_TB[keep], zero, zero)
+        optimizer.zero_grad()
+        algorithm.loss(policy, batch, LossContext(units=len(old), samples=len(old), iteration=0)).value.backward()
+        optimizer.step()
+        success.append(float(rollout.episodes.success_M.mean()))
+    assert sum(success[:3]) / 3 < 0.6
+    assert sum(success[-3:]) / 3 > 0.9
+
+
+def test_the_reward_scores_episodes(shown: dict[str, Any], parts: tuple[Any, Any, Any]) -> None:
+    policy, environment, _ = parts
+    rollout = Collector(environment, decisions=10, auto_reset=False).collect(policy, torch.Generator().manual_seed(0))
+    scores = shown["Brevity"](shown["Brevity"].Config(limit=20))(rollout)
+    rows = zip(rollout.episodes.success_M.tolist(), rollout.episodes.lengths_M.tolist(), strict=True)
+    assert scores.tolist() == pytest.approx([max(0.0, 1 - length / 20) if success else 0.0 for success, length in rows])
+
+
+def test_the_tool_crops_and_answers_mistakes_with_a_sentence(shown: dict[str, Any]) -> None:
+    picture = Image.new("RGB", (8, 6))
+    picture.putpixel((3, 2), (255, 0, 0))
+    assert shown["crop"](picture, 3, 2, 5, 6).getpixel((0, 0)) == (255, 0, 0)
+    assert shown["crop"](picture, 3, 2, 9, 6) == "The rectangle must lie within the image, which is 8 wide and 6 high."
+
+
+def test_the_policy_saves_what_it_holds(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    parts[0].save(tmp_path / "policy")
+    assert (tmp_path / "policy" / "model.safetensors").is_file()
