@@ -34,6 +34,10 @@ class Clip:
     total_reward: float | None
     image: str | None
 
+    @property
+    def when(self) -> str:
+        return f"{self.label} {self.stage}".strip()
+
 
 @dataclass(frozen=True)
 class Run:
@@ -75,14 +79,15 @@ def load(run_dir: Path) -> Run:
         )
     notices: list[str] = []
     config_text = _text(run_dir / "config.yaml", notices)
+    rows = metrics.read(run_dir)
     clips, left_out = _clips(run_dir / "trajectories", notices)
     return Run(
         name=run_dir.resolve().name,
-        rows=metrics.read(run_dir),
+        rows=rows,
         config_text=config_text,
         config=_mapping(config_text, run_dir / "config.yaml", notices),
         environment=_mapping(_text(run_dir / "environment.json", notices), run_dir / "environment.json", notices),
-        clips=clips,
+        clips=_side_by_side(clips, [row["stage"] for row in rows]),
         clips_left_out=left_out,
         notices=notices,
     )
@@ -126,8 +131,13 @@ def _clips(folder: Path, notices: list[str]) -> tuple[list[Clip], int]:
         if len(shown) < MAX_CLIPS and size <= room:
             room -= size
             shown.append(_clip(record, video))
-    # the same task before and after stand side by side
-    return sorted(shown, key=lambda clip: (clip.family, clip.task_id, clip.label != "before")), len(records) - len(shown)
+    return shown, len(records) - len(shown)
+
+
+def _side_by_side(clips: Iterable[Clip], stages: Iterable[str]) -> list[Clip]:
+    """The same task's recordings next to one another, from the beginning of the run to its end."""
+    order = {stage: position for position, stage in enumerate(dict.fromkeys(stages))}
+    return sorted(clips, key=lambda c: (c.family, c.task_id, order.get(c.stage, len(order)), c.label != "before"))
 
 
 def _evenly(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

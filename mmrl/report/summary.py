@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ class Summary:
     training_success: float | None
     nonfinite_numbers: int
     nonfinite_rows: int
+    skipped_updates: int
 
     @property
     def unfinished(self) -> list[StageProgress]:
@@ -118,6 +119,7 @@ def summarize(run: Run) -> Summary:
         training_success=_typical(run.train_rows[-10:], "success", statistics.fmean),
         nonfinite_numbers=sum(bad),
         nonfinite_rows=len(bad),
+        skipped_updates=round(math.fsum(_values(run.train_rows, "skipped"))),
     )
 
 
@@ -177,8 +179,12 @@ def _progress(run: Run) -> list[StageProgress]:
     return [StageProgress(name, done[name], planned.get(name)) for name in {**planned, **done}]
 
 
-def _typical(rows: Sequence[Mapping[str, Any]], metric: str, average: Any) -> float | None:
-    """The average of a metric, whatever its prefix, over the rows that have it as a finite number."""
+def _typical(rows: Sequence[Mapping[str, Any]], metric: str, average: Callable[[list[float]], float]) -> float | None:
+    values = _values(rows, metric)
+    return average(values) if values else None
+
+
+def _values(rows: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
+    """A metric's finite values, whatever its prefix."""
     values = [v for row in rows for name, v in row.items() if name.rpartition("/")[2] == metric and isinstance(v, int | float)]
-    finite = [value for value in values if math.isfinite(value)]
-    return average(finite) if finite else None
+    return [value for value in values if math.isfinite(value)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("mmrl", "torch", "torchvision", "transformers", "diffusers", "peft", "numpy")
+PACKAGES = ("mmrl-framework", "torch", "torchvision", "transformers", "diffusers", "peft", "numpy")
 _GIBIBYTE = 2**30
 
 
