@@ -123,14 +123,18 @@ def chromium_path() -> str | None:
 
 
 def _simulator(name: str, module: str) -> Capability:
-    ok, detail = _probe("simulator", module)
-    return Capability(f"simulator {name}", ok, detail, "" if ok else f"python -m mmrl.probes simulator {module}")
+    ok, detail = _ask("mmrl.simulator_probe", module)
+    return Capability(f"simulator {name}", ok, detail, "" if ok else f"python -m mmrl.simulator_probe {module}")
 
 
 def _probe(name: str, argument: str = "") -> tuple[bool, str]:
-    """Whether a probe of ``mmrl.probes`` succeeds, and its sentence."""
+    return _ask("mmrl.probes", name, argument)
+
+
+def _ask(*arguments: str) -> tuple[bool, str]:
+    """Whether a probe (a module and its arguments) succeeds, and its sentence."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ok, output = _run([sys.executable, "-m", "mmrl.probes", name, argument], env=os.environ | {"PYTHONPATH": path})
+    ok, output = _run([sys.executable, "-m", *arguments], env={**os.environ, "PYTHONPATH": path})
     try:
         outcome = json.loads(output.splitlines()[-1])
         return bool(outcome["ok"]), str(outcome["detail"])

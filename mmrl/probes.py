@@ -1,7 +1,7 @@
 """Tries that may crash, hang or print: ``python -m mmrl.probes NAME [ARGUMENT]`` runs one and prints its outcome as a JSON line.
 
 ``mmrl.doctor`` runs each in a process of its own, so that a driver that takes Python down with it costs one line of the report.
-A probe returns a sentence about what works and raises about what does not.
+A probe returns a sentence about what works and raises about what does not. Nothing heavy is imported here but what is tried.
 """
 
 from __future__ import annotations
@@ -9,19 +9,11 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.metadata
-import inspect
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 
-import torch
-
-from mmrl.component import Component
-
-_SECONDS = 1.0  # how long a simulator is timed
-_ENVS = 32
 SEMAPHORE = "VK_KHR_external_semaphore_fd"  # SAPIEN, ManiSkill's renderer, asks for it; Mesa's CPU driver has it since 24.3
 
 
@@ -98,44 +90,18 @@ def egl(_: str) -> str:
     return f"{(vendor or b'').decode()} {(version or b'').decode()}"
 
 
-def simulator(module_name: str) -> str:
-    """Build the module's environments with their default config and step them for a second."""
-    found = importlib.import_module(module_name)
-    environments = [name for name, value in vars(found).items() if inspect.isclass(value) and _is_environment(value, module_name)]
-    return "; ".join(f"{name} {_steps_per_second(f'{module_name}:{name}')}" for name in environments) or "no environment in it"
+PROBES: Mapping[str, Callable[[str], str]] = {"module": module, "vulkan": vulkan, "egl": egl}
 
 
-def _is_environment(value: type, module_name: str) -> bool:
-    return value.__module__ == module_name and all(hasattr(value, name) for name in ("Config", "reset", "step", "family_of"))
-
-
-def _steps_per_second(target: str) -> str:
-    environment = Component.parse({"target": target}).build(num_envs=_ENVS, device=torch.device("cpu"))
-    observation = environment.reset(torch.arange(_ENVS))
-    actions = torch.zeros(_ENVS, 1, environment.action_spec.dim)
-    environment.step(actions)
-    start, steps = time.perf_counter(), 0
-    while time.perf_counter() - start < _SECONDS:
-        environment.step(actions)
-        steps += _ENVS
-    rate = steps / (time.perf_counter() - start)
-    environment.close()
-    cameras = ", ".join(f"{name} {image.shape[2]}x{image.shape[1]}" for name, image in observation.images.items())
-    return f"{rate:,.0f} steps/s at {_ENVS} environments ({cameras or 'no camera'})"
-
-
-PROBES: Mapping[str, Callable[[str], str]] = {"module": module, "vulkan": vulkan, "egl": egl, "simulator": simulator}
-
-
-def main(arguments: list[str]) -> None:
-    name, argument = arguments[0], arguments[1] if len(arguments) > 1 else ""
+def answer(probe: Callable[[str], str], argument: str) -> None:
+    """Run ``probe``, print what came of it, and leave without exit handlers, in which some drivers crash."""
     try:
-        outcome = {"ok": True, "detail": PROBES[name](argument)}
+        outcome = {"ok": True, "detail": probe(argument)}
     except Exception as error:  # whatever a driver or a package throws is the finding
-        outcome = {"ok": False, "detail": " ".join(f"{error}".split()) or type(error).__name__}
+        outcome = {"ok": False, "detail": " ".join(str(error).split()) or type(error).__name__}
     print(json.dumps(outcome), flush=True)
-    os._exit(0)  # some drivers crash in their exit handlers, after the work is done
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    answer(PROBES[sys.argv[1]], "".join(sys.argv[2:3]))
