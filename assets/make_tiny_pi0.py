@@ -25,7 +25,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>")
 
 
-def build_config(vocabulary_size: int, *, width: int = WIDTH, layers: int = LAYERS, patch: int = PATCH, vision_layers: int = 2) -> PI0Config:
+def build_config(
+    vocabulary_size: int, *, width: int = WIDTH, layers: int = LAYERS, patch: int = PATCH, vision_layers: int = 2
+) -> PI0Config:
     text = {
         "model_type": "gemma",
         "vocab_size": vocabulary_size + 1,

@@ -32,7 +32,9 @@ def run_once(algorithm: str, family: str, seed: int, output: Path, overrides: li
         return folder
     config = ROOT / "configs" / "tabletop" / f"{algorithm}.yaml"
     settings = [f"name={name}", f"output={output}", f"seed={seed}", f"environment.families=[{family}]", *overrides]
-    subprocess.run([sys.executable, "-m", "mmrl", "train", str(config), *settings], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "mmrl", "train", str(config), *settings], check=True, cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     return folder
 
 

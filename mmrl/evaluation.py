@@ -88,7 +88,11 @@ def evaluate(
         for tasks in tasks_M.split(environment.num_envs):
             missing = environment.num_envs - len(tasks)
             tasks_B = torch.cat([tasks, tasks[-1:].expand(missing)])
-            slots = _video_slots(environment.family_of(tasks), videos) if not rounds and video_folder is not None else torch.zeros(0).long()
+            slots = (
+                _video_slots(environment.family_of(tasks), videos)
+                if not rounds and video_folder is not None
+                else torch.zeros(0).long()
+            )
             film = _Film(slots, [])
             outcome, instructions = _play(policy, environment, tasks_B, generator, film)
             if video_folder is not None and film.frames:

@@ -49,7 +49,9 @@ class _EpisodeLog:
             return
         metrics = {name: value[ended_B] for name, value in step.metrics.items() if name != "success"}
         success = step.metrics["success"][ended_B]
-        self.finished.append(EpisodeRecord(task_ids_B[ended_B], self.returns_B[ended_B], success, self.lengths_B[ended_B], metrics))
+        self.finished.append(
+            EpisodeRecord(task_ids_B[ended_B], self.returns_B[ended_B], success, self.lengths_B[ended_B], metrics)
+        )
         self.slots.append(ended_B.nonzero().squeeze(1))
         self.returns_B = torch.where(ended_B, 0.0, self.returns_B)
         self.lengths_B = torch.where(ended_B, 0, self.lengths_B)

@@ -148,7 +148,9 @@ class Stage:
         run = self.run_
         horizon = getattr(self.policy, "horizon", None)
         if horizon is None:
-            raise ConfigError(f"{self.where}.{name}: {run.config.policy.target} cannot imitate; choose a policy with a supervised loss")
+            raise ConfigError(
+                f"{self.where}.{name}: {run.config.policy.target} cannot imitate; choose a policy with a supervised loss"
+            )
 
         def environment(num_envs: int, overrides: Mapping[str, Any]) -> Environment:
             changes = ((f"{self.where}.environment", self.config.environment), (f"{self.where}.{name}.environment", overrides))
@@ -166,7 +168,9 @@ class Stage:
             source.load_state_dict(cursor)
 
     def optimization(self, total_updates: int) -> Optimization:
-        return Optimization(self.config.optimizer, self.policy.trainable(), total_updates, max_skipped=self.config.max_skipped_updates)
+        return Optimization(
+            self.config.optimizer, self.policy.trainable(), total_updates, max_skipped=self.config.max_skipped_updates
+        )
 
     # -- running ---------------------------------------------------------------------------------------------------------
 
@@ -256,7 +260,9 @@ class Stage:
     def _restore(self, sections: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
         missing = [f"data_{name}" for name in self.sources if f"data_{name}" not in sections]
         if missing:
-            raise CheckpointError(f"{self.run_.start}: holds no section {missing[0]!r}; the run's config.yaml was changed since it was saved")
+            raise CheckpointError(
+                f"{self.run_.start}: holds no section {missing[0]!r}; the run's config.yaml was changed since it was saved"
+            )
         self.updater.optimization.load(sections.get("optimizer", {}), meta["optimizer"])
         self.run_.streams.load(sections["generators"])
         for name, source in self.sources.items():
@@ -346,7 +352,9 @@ class _RolloutLearner(_Learner):
             raise ConfigError(f"{where}.collect.auto_reset is true, but {target} judges whole episodes; set it to false")
         needed = -(-self._environment.max_steps // getattr(stage.policy, "execute", 1))
         if algorithm.whole_episodes and collect.decisions < needed:
-            raise ConfigError(f"{where}.collect.decisions = {collect.decisions}, but an episode may take {needed}; {target} needs whole episodes")
+            raise ConfigError(
+                f"{where}.collect.decisions = {collect.decisions}, but an episode may take {needed}; {target} needs whole episodes"
+            )
 
     def _supervised(self, stage: Stage) -> SupervisedTerm | None:
         config = stage.config.supervised
@@ -417,7 +425,12 @@ def _grouped(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _displayed(metrics: Mapping[str, float]) -> dict[str, float]:
-    shown = {"success": "rollout/success", "env_steps_per_s": "speed/env_steps_per_s", "samples_per_s": "speed/samples_per_s", "loss": "loss/loss"}
+    shown = {
+        "success": "rollout/success",
+        "env_steps_per_s": "speed/env_steps_per_s",
+        "samples_per_s": "speed/samples_per_s",
+        "loss": "loss/loss",
+    }
     return {name: metrics[key] for name, key in shown.items() if key in metrics}
 
 

@@ -82,7 +82,9 @@ class RolloutUpdate:
         batch = make_batch(rollout, advantages, self.policy)
         if self.reference is not None and len(batch):
             with self.reference.compute_mode(train=False):
-                scores = [self.reference.evaluate(batch.select(_rows(s)).trace) for s in micro_batches(len(batch), self.micro_batch)]
+                scores = [
+                    self.reference.evaluate(batch.select(_rows(s)).trace) for s in micro_batches(len(batch), self.micro_batch)
+                ]
             batch = replace(batch, reference_log_probs_NK=torch.cat([s.log_probs_NK for s in scores]))
         return batch, advantages
 
@@ -94,7 +96,10 @@ class RolloutUpdate:
                 metrics = self._update(batch.select(index), iteration)
                 if first_gap is None:
                     # Only the first update scores with the weights the rollout was made with.
-                    first_gap = {"log_prob_mismatch": metrics["log_prob_gap"], "log_prob_mismatch_max": metrics["log_prob_gap_max"]}
+                    first_gap = {
+                        "log_prob_mismatch": metrics["log_prob_gap"],
+                        "log_prob_mismatch_max": metrics["log_prob_gap_max"],
+                    }
                 merger.add({name: value for name, value in metrics.items() if not name.startswith("log_prob_gap")})
                 updates += 1
                 if self.algorithm.max_kl is not None and metrics["approx_kl"] > self.algorithm.max_kl:

@@ -125,7 +125,9 @@ class Pi0(nn.Module):
         def _consistent(self) -> Pi0.Config:
             needs_level = self.sampler in _NOISE_LEVEL_SAMPLERS
             if needs_level and not (self.noise_level and self.noise_level > 0):
-                raise ValueError(f"noise_level must be above 0 with sampler '{self.sampler}' (it has no likelihood without noise)")
+                raise ValueError(
+                    f"noise_level must be above 0 with sampler '{self.sampler}' (it has no likelihood without noise)"
+                )
             if not needs_level and self.noise_level is not None:
                 raise ValueError(f"noise_level is not used by sampler '{self.sampler}'; remove it")
             if self.sampler == "cps" and self.noise_level is not None and self.noise_level > 1:
@@ -162,7 +164,9 @@ class Pi0(nn.Module):
         self.horizon, self._padded_dim = arch.chunk_size, arch.max_action_dim
         self.execute = config.execute or self.horizon
         if self.execute > self.horizon:
-            raise MMRLError(f"policy.execute = {self.execute} is more than the {self.horizon} actions that {config.checkpoint} predicts")
+            raise MMRLError(
+                f"policy.execute = {self.execute} is more than the {self.horizon} actions that {config.checkpoint} predicts"
+            )
         if self.statistics is None and config.action_dim is None:
             raise MMRLError(f"{config.checkpoint} has no statistics, so the action size is unknown: set policy.action_dim")
         self.action_dim = config.action_dim or len(self.statistics.actions_mean)  # type: ignore[union-attr]
@@ -268,7 +272,9 @@ class Pi0(nn.Module):
         if self.statistics is None:
             return None
         dtype = _DTYPES[self.config.dtype] if self.config.dtype == "float64" else torch.float32
-        mean, std = (torch.tensor(getattr(self.statistics, f"{name}_{m}"), device=self.device, dtype=dtype) for m in ("mean", "std"))
+        mean, std = (
+            torch.tensor(getattr(self.statistics, f"{name}_{m}"), device=self.device, dtype=dtype) for m in ("mean", "std")
+        )
         return mean, std
 
     def _normalize(self, x: Tensor, name: str) -> Tensor:
@@ -291,7 +297,9 @@ class Pi0(nn.Module):
         state = self._normalize(observation.state.to(self.device), "state")
         width = self.model.config.max_state_dim
         if state.shape[1] > width:
-            raise MMRLError(f"the environment's state has {state.shape[1]} numbers, but {self.config.checkpoint} takes at most {width}")
+            raise MMRLError(
+                f"the environment's state has {state.shape[1]} numbers, but {self.config.checkpoint} takes at most {width}"
+            )
         images = {f"image_{camera}": observation.images[camera].to(self.device) for camera in self.config.cameras}
         ids = self._tokenizer(observation.instructions, self.device)
         return {**images, "token_ids": ids, "state": nn.functional.pad(state, (0, width - state.shape[1]))}
@@ -306,8 +314,12 @@ class Pi0(nn.Module):
     def _expert(self, prefix: Prefix, state_BS: Tensor, x_BHD: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """One pass of the action expert over state and noisy chunk: velocity [B, H, D] and hidden states [B, 1 + H, W]."""
         dtype = self.model.dtype
-        suffix = self.model.embed_action_time(state_BS.to(dtype), x_BHD.to(dtype), t_B.to(dtype if dtype == torch.float64 else torch.float32))
-        hidden = self.model.model(action_embeds=suffix, attention_mask=prefix.mask, past_key_values=prefix.cache()).last_hidden_state
+        suffix = self.model.embed_action_time(
+            state_BS.to(dtype), x_BHD.to(dtype), t_B.to(dtype if dtype == torch.float64 else torch.float32)
+        )
+        hidden = self.model.model(
+            action_embeds=suffix, attention_mask=prefix.mask, past_key_values=prefix.cache()
+        ).last_hidden_state
         velocity = self.model.action_out_proj(hidden[:, -self.horizon :])
         return velocity.to(x_BHD.dtype), hidden
 
@@ -333,7 +345,9 @@ class Pi0(nn.Module):
             return torch.randn(shape, generator=generator, device=self.device, dtype=chain_dtype)
 
         explore = explore and self.config.sampler != "ode"
-        chosen_BJ = self._choose_steps(batch, generator) if explore else torch.empty(batch, 0, dtype=torch.long, device=self.device)
+        chosen_BJ = (
+            self._choose_steps(batch, generator) if explore else torch.empty(batch, 0, dtype=torch.long, device=self.device)
+        )
         x = prior = normal()
         before = torch.zeros((*chosen_BJ.shape, *shape[1:]), device=self.device, dtype=chain_dtype)
         after = torch.zeros_like(before)
@@ -377,7 +391,9 @@ class Pi0(nn.Module):
             return torch.arange(candidates, device=self.device).expand(batch, -1)
         return torch.randint(candidates, (batch, 1), generator=generator, device=self.device)
 
-    def _transition(self, x: Tensor, velocity: Tensor, step_B: Tensor, hidden: Tensor, *, stochastic: bool) -> tuple[Tensor, Tensor]:
+    def _transition(
+        self, x: Tensor, velocity: Tensor, step_B: Tensor, hidden: Tensor, *, stochastic: bool
+    ) -> tuple[Tensor, Tensor]:
         """Mean and std [B, H, D] of the denoising step ``step_B``, deterministic or by the sampler's rule."""
         steps, sampler = self.config.denoising_steps, self.config.sampler
         t = 1 - step_B.to(x.dtype) / steps
@@ -486,7 +502,9 @@ class Pi0(nn.Module):
     def _flow_times(self, batch: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         arch = self.model.config
         if arch.time_sampling_beta_beta != 1.0:
-            raise MMRLError(f"{self.config.checkpoint}: config.json has time_sampling_beta_beta = {arch.time_sampling_beta_beta}, only 1.0 is supported")
+            raise MMRLError(
+                f"{self.config.checkpoint}: config.json has time_sampling_beta_beta = {arch.time_sampling_beta_beta}, only 1.0 is supported"
+            )
         # Beta(alpha, 1) has the distribution function t^alpha, so it is drawn exactly, and from our generator, by inversion.
         uniform = torch.rand(batch, generator=generator, device=self.device, dtype=dtype)
         return uniform.pow(1 / arch.time_sampling_beta_alpha) * arch.time_sampling_scale + arch.time_sampling_offset
@@ -495,7 +513,8 @@ class Pi0(nn.Module):
         size = self.model.config.vlm_config.vision_config.image_size
         generator = torch.Generator().manual_seed(batch_size)
         images = {
-            camera: torch.randint(0, 256, (batch_size, size, size, 3), generator=generator, dtype=torch.uint8) for camera in self.config.cameras
+            camera: torch.randint(0, 256, (batch_size, size, size, 3), generator=generator, dtype=torch.uint8)
+            for camera in self.config.cameras
         }
         width = len(self.statistics.state_mean) if self.statistics else self.model.config.max_state_dim
         words = [word for word in self._hf_tokenizer.get_vocab() if word.isalpha()][:8] or ["move"]
@@ -509,4 +528,3 @@ def _unwrap_adapters(model: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if hasattr(child, "base_layer") and hasattr(child, "merge"):
                 setattr(parent, name, child.base_layer)
-

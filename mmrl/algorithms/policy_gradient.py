@@ -72,4 +72,3 @@ def policy_loss(config: PolicyGradientConfig, scored: Evaluation, batch: Batch, 
         metrics["kl_reference"] = kl_mean.detach()
     mean, largest = importance_mismatch(scored.log_probs_NK, batch.old_log_probs_NK, mask)
     return Loss(value, metrics | {"log_prob_gap": mean, "log_prob_gap_max": largest})
-

@@ -90,4 +90,3 @@ class PPO:
         actor_weight = 0.0 if context.iteration < self.config.critic_warmup else 1.0
         value = actor_weight * actor.value + self.config.value_weight * critic.value
         return Loss(value, {**actor.metrics, **critic.metrics, "value_loss": critic.value.detach()})
-

@@ -89,7 +89,9 @@ class ScriptedDemonstrations:
         self._examples = record(environment, tasks, context.horizon, only_successes=config.only_successes)
         environment.close()
         if len(self._examples) == 0:
-            raise MMRLError("every scripted demonstration failed; raise the environment's time limit or set only_successes: false")
+            raise MMRLError(
+                "every scripted demonstration failed; raise the environment's time limit or set only_successes: false"
+            )
         self._generator = torch.Generator().manual_seed(context.seed)
 
     def __len__(self) -> int:

@@ -1,4 +1,8 @@
-"""The two heads reinforcement learning adds to a pi0: a critic, and the learned exploration noise of Flow-Noise."""
+"""The two heads reinforcement learning adds to a pi0: a critic, and the learned exploration noise of Flow-Noise.
+
+Both compute in the precision of their own weights, float32 or better, also within autocast: a value in bfloat16 has two or three
+digits, and a standard deviation goes into every log-probability.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,12 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def _last(net: nn.Sequential) -> nn.Linear:
+    last = net[-1]
+    assert isinstance(last, nn.Linear)
+    return last
+
+
 class CriticHead(nn.Module):
     """Layer-normalised features [B, F] -> value [B]. The last layer starts at zero, so the first value estimate is 0."""
 
@@ -26,13 +36,12 @@ class CriticHead(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(features)
         self.net = mlp((features, *hidden, 1), nn.GELU)
-        last = self.net[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        nn.init.zeros_(_last(self.net).weight)
+        nn.init.zeros_(_last(self.net).bias)
 
     def forward(self, features_BF: Tensor) -> Tensor:
-        return self.net(self.norm(features_BF.float())).squeeze(-1)
+        with torch.autocast(features_BF.device.type, enabled=False):
+            return self.net(self.norm(features_BF.to(self.norm.weight.dtype))).squeeze(-1)
 
 
 class NoiseHead(nn.Module):
@@ -48,5 +57,6 @@ class NoiseHead(nn.Module):
         self.log_var_low, self.log_var_high = (2 * math.log(std) for std in std_range)
 
     def forward(self, hidden_BHW: Tensor) -> Tensor:
-        squashed = (torch.tanh(self.net(hidden_BHW.float())) + 1) / 2
-        return torch.exp(0.5 * (self.log_var_low + (self.log_var_high - self.log_var_low) * squashed))
+        with torch.autocast(hidden_BHW.device.type, enabled=False):
+            squashed = (torch.tanh(self.net(hidden_BHW.to(_last(self.net).weight.dtype))) + 1) / 2
+            return torch.exp(0.5 * (self.log_var_low + (self.log_var_high - self.log_var_low) * squashed))

@@ -71,15 +71,15 @@ class Tokenizer:
 
 def preprocess(image_BHWC: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """uint8 [B, h, w, 3] -> [B, 3, size, size] in [-1, 1]; resized keeping the aspect ratio, padded with black, as openpi does."""
-    pixels = image_BHWC.permute(0, 3, 1, 2).to(dtype) / 127.5 - 1.0
+    pixels = image_BHWC.permute(0, 3, 1, 2).to(torch.promote_types(dtype, torch.float32)) / 127.5 - 1.0
     height, width = pixels.shape[-2:]
     if (height, width) == (size, size):
-        return pixels
+        return pixels.to(dtype)
     scale = size / max(height, width)
     new_h, new_w = round(height * scale), round(width * scale)
     pixels = F.interpolate(pixels, (new_h, new_w), mode="bilinear", align_corners=False, antialias=scale < 1)
     top, left = (size - new_h) // 2, (size - new_w) // 2
-    return F.pad(pixels, (left, size - new_w - left, top, size - new_h - top), value=-1.0)
+    return F.pad(pixels, (left, size - new_w - left, top, size - new_h - top), value=-1.0).to(dtype)
 
 
 def encode(model: PI0ForConditionalGeneration, pixels_BN3HW: Tensor, ids_BT: Tensor) -> Prefix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PI0ForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -19,6 +23,7 @@ from mmrl.errors import MMRLError
 STATISTICS_FILE = "statistics.json"
 # Where transformers' PI0Processor keeps its statistics, and what they are called there.
 PROCESSOR_FILE = "processor_config.json"
+HEADS_FILE = "heads.safetensors"
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,15 @@ class Statistics:
             spread = x.double().std(0)
             return tuple(torch.where(spread > 1e-6, spread, torch.ones_like(spread)).tolist())
 
-        return Statistics(tuple(state_NS.double().mean(0).tolist()), std(state_NS), tuple(actions_NA.double().mean(0).tolist()), std(actions_NA))
+        return Statistics(
+            tuple(state_NS.double().mean(0).tolist()), std(state_NS), tuple(actions_NA.double().mean(0).tolist()), std(actions_NA)
+        )
+
+    def moments(self, name: str, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std of ``name`` (state, actions), its first ``size`` dimensions, in float32 or, where ``like`` is, float64."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        mean, std = (torch.tensor(getattr(self, f"{name}_{m}")[:size], device=like.device, dtype=dtype) for m in ("mean", "std"))
+        return mean, std
 
     def dump(self, folder: Path) -> None:
         (folder / STATISTICS_FILE).write_text(json.dumps(self.__dict__, indent=1) + "\n")
@@ -63,14 +76,18 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
-        raise MMRLError(f"policy.checkpoint = {checkpoint}: no tokenizer could be loaded from there ({_first_line(error)})") from error
+        raise MMRLError(
+            f"policy.checkpoint = {checkpoint}: no tokenizer could be loaded from there ({_first_line(error)})"
+        ) from error
 
 
 def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str, seed: int) -> PI0ForConditionalGeneration:
     """``pretrained``: transformers' own loader, safetensors only. ``random``: the architecture of config.json, initialised afresh."""
     try:
         if weights == "pretrained":
-            return PI0ForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype, attn_implementation=attention, use_safetensors=True)
+            return PI0ForConditionalGeneration.from_pretrained(
+                checkpoint, dtype=dtype, attn_implementation=attention, use_safetensors=True
+            )
         config = AutoConfig.from_pretrained(checkpoint, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise MMRLError(f"policy.checkpoint = {checkpoint}: cannot be loaded as a pi0 ({_first_line(error)})") from error
@@ -78,7 +95,10 @@ def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str
         torch.manual_seed(seed)
         model = PI0ForConditionalGeneration(config)
         fan_in_init(model)
-    return model.to(dtype)
+    # Not model.to(dtype): it would round the frequencies of times and positions as well, which a loaded model keeps in float32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def fan_in_init(model: nn.Module) -> None:
@@ -89,6 +109,44 @@ def fan_in_init(model: nn.Module) -> None:
             nn.init.normal_(module.weight, std=1 / math.sqrt(fan_in))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def merged(model: PI0ForConditionalGeneration) -> PI0ForConditionalGeneration:
+    """A copy with every peft adapter merged into its base layer, so that the names are transformers' own again."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                child.merge()  # type: ignore[operator]
+                setattr(parent, name, child.get_base_layer())
+    return model
+
+
+def save_heads(heads: Mapping[str, tuple[str, nn.Module]], folder: Path) -> None:
+    """Each head's weights under its name, beside the sentence that says what it computes (no heads: no file)."""
+    tensors = {
+        f"{name}.{key}": value.contiguous() for name, (_, head) in heads.items() for key, value in head.state_dict().items()
+    }
+    (folder / HEADS_FILE).unlink(missing_ok=True)
+    if tensors:
+        save_file(tensors, folder / HEADS_FILE, metadata={name: says for name, (says, _) in heads.items()})
+
+
+def load_heads(heads: Mapping[str, tuple[str, nn.Module]], checkpoint: str) -> None:
+    """Fill the heads that the checkpoint has and that compute the same there; leave the others as they are."""
+    found = _file(checkpoint, HEADS_FILE)
+    if found is None:
+        return
+    try:
+        with safe_open(found, "pt") as file:
+            saved = file.metadata() or {}
+            for name, (says, head) in heads.items():
+                if saved.get(name) == says:
+                    head.load_state_dict({key: file.get_tensor(f"{name}.{key}") for key in head.state_dict()})
+    except (SafetensorError, RuntimeError) as error:
+        raise MMRLError(
+            f"{found}: the saved heads cannot be read ({_first_line(error)}); delete it to start with fresh heads"
+        ) from error
 
 
 def _file(checkpoint: str, name: str) -> Path | None:

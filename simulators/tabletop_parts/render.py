@@ -42,11 +42,12 @@ Paint = Callable[[Tensor, Tensor], Tensor]  # (right, up) in workspace units as 
 
 @dataclass(frozen=True)
 class Sprites:
-    """Cut-outs of one size: labels [number, S, S] and, per axis, the pixel offsets of their rows and columns."""
+    """Cut-outs of one size, R rows by C columns, and where those rows and columns lie relative to the object's pixel."""
 
-    label_NSS: Tensor  # int32
-    hidden_NSS: Tensor  # int64: 0 where painted, larger than any pixel index where transparent
-    offset_S: Tensor  # int64
+    label_NRC: Tensor  # int32
+    hidden_NRC: Tensor  # int64: 0 where painted, larger than any pixel index where transparent
+    row_R: Tensor  # int64
+    column_C: Tensor  # int64
 
 
 def palette(domain: Domain, light_B: Tensor) -> Tensor:
@@ -141,22 +142,31 @@ class Painter:
     def _stamp(self, canvas: Tensor, sprites: Sprites, ids_BN: Tensor, pixel_BN2: Tensor, offset_B1: Tensor) -> None:
         """Scatter sprites onto the canvas, one slot after another; what is outside or transparent goes to the last column."""
         outside = self.pixels
-        reach_BN2S = pixel_BN2[..., None] + sprites.offset_S
-        inside_BN2S = (reach_BN2S >= 0) & (reach_BN2S < self.size)
-        column, row = torch.where(inside_BN2S, reach_BN2S, outside).unbind(2)
-        row = (row * self.size).clamp_(max=outside)
-        index = sprites.hidden_NSS[ids_BN].add_(row[..., :, None]).add_(column[..., None, :]).clamp_(max=outside).flatten(2)
-        label = sprites.label_NSS[ids_BN].flatten(2).add_(offset_B1[..., None])
+        column_BNC = self._inside(pixel_BN2[..., :1] + sprites.column_C, 1)
+        row_BNR = self._inside(pixel_BN2[..., 1:] + sprites.row_R, self.size)
+        index = (
+            sprites.hidden_NRC[ids_BN].add_(row_BNR[..., :, None]).add_(column_BNC[..., None, :]).clamp_(max=outside).flatten(2)
+        )
+        label = sprites.label_NRC[ids_BN].flatten(2).add_(offset_B1[..., None])
         for slot in range(ids_BN.shape[1]):
             canvas.scatter_(1, index[:, slot], label[:, slot])
 
+    def _inside(self, coordinate: Tensor, stride: int) -> Tensor:
+        """The coordinate's part of a pixel index, or more than any pixel index where it is outside the image."""
+        return torch.where((coordinate >= 0) & (coordinate < self.size), coordinate * stride, self.pixels)
+
     def _cut(self, paints: list[Paint], reach: float, device: torch.device) -> Sprites:
+        """Paint every sprite on a square of half width ``reach`` and keep the rectangle that any of them needs."""
         half = int(reach * self.scale) + 1
         offset_S = torch.arange(-half, half + 1)
         right, up = torch.meshgrid(offset_S / self.scale, -offset_S / self.scale, indexing="xy")
-        label = torch.stack([paint(right, up * torch.ones_like(right)) for paint in paints]).to(torch.int32)
-        hidden = (label == _CLEAR).long() * self.pixels
-        return Sprites(label.clamp(min=0).to(device), hidden.to(device), offset_S.to(device))
+        label_NSS = torch.stack([paint(right, up) for paint in paints]).to(torch.int32)
+        used_SS = (label_NSS != _CLEAR).any(0)
+        row_R, column_C = (used_SS.any(axis).nonzero()[:, 0] for axis in (1, 0))
+        label_NRC = label_NSS[:, row_R][:, :, column_C]
+        hidden_NRC = (label_NRC == _CLEAR).long() * self.pixels
+        parts = (label_NRC.clamp(min=0), hidden_NRC, offset_S[row_R], offset_S[column_C])
+        return Sprites(*(part.to(device) for part in parts))
 
 
 def _table_labels(domain: Domain, size: int, device: torch.device) -> Tensor:
