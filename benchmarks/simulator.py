@@ -3,8 +3,8 @@
     python benchmarks/simulator.py [--device cpu] [--seconds 1.5] [--threads 2]
 
 Every row steps random actions, one action per observation, and resets everything each 20 steps. The parts are timed alone:
-physics (laws, judging, bookkeeping), paint (sprites onto the label map), colour (labels to pixels). "cpu" is the processor time a step
-took divided by its wall time: well below the number of threads, it says that other programs had the processor.
+physics (laws, judging, bookkeeping), paint (sprites onto the label map), colour (labels to pixels). "cpu" is processor time
+over wall time: well below the number of threads, it says that other programs had the processor.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def stepper(env: Tabletop) -> Callable[[], object]:
 
 
 def measure(num_envs: int, budget: float, device: torch.device) -> list[float]:
-    """One row: env steps/s rendered and on state alone, then milliseconds per step of physics, paint, colour, reset; cpu share."""
+    """One row: env steps/s rendered and on state alone, then milliseconds of physics, paint, colour, reset; cpu share."""
     rendered = Tabletop(Tabletop.Config(), num_envs=num_envs, device=device)
     state_only = Tabletop(Tabletop.Config(render=False), num_envs=num_envs, device=device)
     ids = torch.arange(num_envs, device=device)
