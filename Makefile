@@ -6,6 +6,7 @@
 PY ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
 SYSTEM_PACKAGES := chromium
 
 .PHONY: quickstart test check lint format clean
@@ -20,28 +21,28 @@ test: .venv/.installed-test
 
 check: lint test
 
-lint: .venv/.installed-test
+lint: .venv/.installed-lint .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-format: .venv/.installed-test
+format: .venv/.installed-lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
 	rm -rf .venv build dist *.egg-info
 
-# The stamps are newer than pyproject.toml while the environment fits it. The test environment holds all of the plain one.
+# A stamp is newer than pyproject.toml while the environment fits it; every other one also means that mmrl itself is installed.
 .venv/.installed: pyproject.toml | .venv/bin/pip
-	@test .venv/.installed-test -nt pyproject.toml || { echo "Installing mmrl into .venv; this takes a few minutes."; \
-	    $(BIN)/pip install --quiet --disable-pip-version-check -e .; }
+	@echo "Installing mmrl into .venv; this takes a few minutes."
+	@$(PIP) install -e .
 	@touch $@
 
-.venv/.installed-test: pyproject.toml | .venv/bin/pip
-	@echo "Installing mmrl and its test tools into .venv; this takes a few minutes."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
-	@touch $@
+.venv/.installed-%: pyproject.toml | .venv/bin/pip
+	@echo "Installing mmrl and its $* tools into .venv; this takes a few minutes."
+	@$(PIP) install -e '.[$*]'
+	@touch .venv/.installed $@
 
 # apt-get, as root or through a sudo that asks for no password; fails where there is neither.
 define APT
@@ -60,6 +61,6 @@ endef
 
 .PHONY: system-packages
 system-packages:
-	@command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null || \
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name >/dev/null && exit; done; \
 	    { echo "Installing $(SYSTEM_PACKAGES), in which a test opens the report."; $(APT) apt $(SYSTEM_PACKAGES); } || \
 	    echo "$(SYSTEM_PACKAGES) is not installed and there are no rights to install it; the tests that need it are skipped."
