@@ -15,13 +15,14 @@ close = torch.testing.assert_close
 
 
 def random_units(seed, b=4, k=5, spread=0.3):
-    """(log_probs, old, advantages, mask); every sample but the last keeps at least one unit, the last may keep none."""
+    """(log_probs, old, advantages, mask); every sample keeps a unit, but for odd seeds the last keeps none."""
     generator = torch.Generator().manual_seed(seed)
     old = torch.randn(b, k, dtype=torch.float64, generator=generator)
     log_probs = old + spread * torch.randn(b, k, dtype=torch.float64, generator=generator)
     advantages = torch.randn(b, k, dtype=torch.float64, generator=generator)
     mask = torch.rand(b, k, generator=generator) < 0.6
-    mask[:-1, 0] = True
+    mask[:, 0] = True
+    mask[-1] &= seed % 2 == 0
     return log_probs.requires_grad_(), old, advantages, mask
 
 
