@@ -33,7 +33,7 @@ def minibatch_indices(size: int, count: int, generator: torch.Generator) -> Iter
 
 
 def micro_batches(size: int, micro: int | None) -> Iterator[slice]:
-    """Consecutive slices of at most ``micro`` rows (None: one slice)."""
+    """Consecutive slices of at most ``micro`` rows (None: one slice of all)."""
     step = micro or max(size, 1)
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))

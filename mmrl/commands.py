@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mmrl import config as configuration
-from mmrl import doctor, evaluation, progress, report, trainer
+from mmrl import doctor, playback, progress, report, trainer
 from mmrl.describe import describe
 from mmrl.errors import ConfigError
 
@@ -46,7 +46,7 @@ def evaluate(run: Path, overrides: Sequence[str], episodes: int | None) -> None:
     if run.is_file():
         loaded = configuration.load(run)
         run = Path(loaded.output) / loaded.name
-    evaluation.evaluate_run(existing_run(run), overrides, episodes, progress.make())
+    playback.evaluate_run(existing_run(run), overrides, episodes, progress.make())
 
 
 def build_report(run: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.checkpoint import atomic_write_text
 from mmrl.numerics.statistics import wilson_interval
 from mmrl.progress import Progress
 from mmrl.protocols import Environment, Policy, RenderEnvironment
@@ -46,9 +47,13 @@ class EvaluationResult:
     seconds: float
 
     def row(self) -> dict[str, Any]:
+        """The result as a row of metrics.jsonl."""
         out = asdict(self)
         out["return"] = out.pop("return_")
         return out
+
+    def sentence(self) -> str:
+        return f"success {self.success:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.episodes} episodes"
 
 
 @dataclass
@@ -79,7 +84,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Run the tasks ``first_task ..`` once each, ``num_envs`` at a time; exactly ``episodes`` count.
 
-    Videos of the first ``videos`` episodes of every family (chosen before anything ran) go to ``video_folder``.
+    ``videos`` of the first ``num_envs`` episodes, taken from the families in turn before anything ran, go to ``video_folder``.
+    The numbers depend on policy, tasks and generator, not on what is filmed.
     """
     started = time.perf_counter()
     rounds: list[dict[str, Tensor]] = []
@@ -185,4 +191,4 @@ def _save_films(
             "return": float(outcome["return"][slot]),
             "video": f"{name}.webp",
         }
-        (folder / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
+        atomic_write_text(folder / f"{name}.json", json.dumps(about, indent=1) + "\n")

@@ -1,8 +1,9 @@
 """Collecting experience: a policy and a batched environment, decision by decision, in lock-step.
 
-Every rollout starts with fresh episodes, so that nothing but a task counter has to survive between iterations (and a resumed run is
-the unbroken run, with any simulator). Within a rollout a slot whose episode ends either starts the next task at once (auto-reset) or
-stays idle, its decisions marked invalid. An episode that the end of the rollout cuts is bootstrapped from the critic, like a truncation.
+Every rollout starts with fresh episodes, so that nothing but a task counter has to survive between iterations (and a resumed run
+is the unbroken run, with any simulator). Within a rollout a slot whose episode ends either starts the next task at once
+(auto-reset) or stays idle, its decisions marked invalid. An episode that the end of the rollout cuts is bootstrapped from the
+critic, like a truncation.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class Collector:
     def __init__(self, environment: Environment, *, decisions: int, group_size: int = 1, auto_reset: bool = True) -> None:
         if auto_reset and group_size > 1:
             raise ValueError("auto_reset mixes episodes of different tasks into a group; use it with group_size 1")
+        if environment.num_envs % group_size:
+            raise ValueError(f"group_size is {group_size}, which does not divide the {environment.num_envs} environments")
         self.environment, self.decisions = environment, decisions
         self.group_size, self.auto_reset = group_size, auto_reset
         self.next_task = 0
@@ -85,7 +88,7 @@ class Collector:
         observation = env.reset(tasks_B)
         running_B = torch.ones(env.num_envs, dtype=torch.bool, device=device)
         log, columns = _EpisodeLog(env.num_envs, device), []
-        for _ in range(self.decisions):
+        for t in range(self.decisions):
             decision = policy.act(observation, generator, explore=True)
             step = env.step(decision.action_BCA)
             ended_B = step.done_B & running_B
@@ -93,7 +96,7 @@ class Collector:
             final_values_B = _values_of(value, step.observation, ended_B & step.truncated_B, generator)
             columns.append(_Column(decision, step, running_B, tasks_B, final_values_B))
             observation = step.observation
-            if self.auto_reset and bool(ended_B.any()):
+            if self.auto_reset and t + 1 < self.decisions and bool(ended_B.any()):
                 tasks_B = tasks_B.clone()
                 tasks_B[ended_B] = self._take_tasks(int(ended_B.sum()), device)
                 observation = env.reset(tasks_B, ended_B)
@@ -136,7 +139,7 @@ def _assemble(columns: list[_Column], last_values_B: Tensor, log: _EpisodeLog, *
         truncated_TB=torch.stack([c.step.truncated_B for c in columns]),
         task_ids_TB=torch.stack([c.task_ids_B for c in columns]),
         episodes=_episodes(log, columns[-1], ordered=ordered),
-        env_steps=int(sum(int((c.step.valid_BC & c.valid_B[:, None]).sum()) for c in columns)),
+        env_steps=sum(int((c.step.valid_BC & c.valid_B[:, None]).sum()) for c in columns),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,18 +15,25 @@ import torch
 from torch import Tensor
 
 from mmrl.batching import make_batch, micro_batches, minibatch_indices
+from mmrl.data.demonstrations import rows
 from mmrl.optim import Optimization
 from mmrl.protocols import Advantages, ExampleSource, LikelihoodPolicy, LossContext, RolloutAlgorithm, SupervisedAlgorithm
-from mmrl.types import Batch, Loss, Rollout
+from mmrl.types import Batch, Examples, Loss, Rollout
 
-# How a metric is merged over micro-batches and updates; the mean for every other.
-_MERGE = {"ratio_min": min, "ratio_max": max, "log_prob_gap_max": max}
+Merge = Callable[[Iterable[float]], float]
+# How a metric is merged; the mean for every other. The micro-batches' losses are shares of their mini-batch's.
+_EXTREMES: dict[str, Merge] = {"ratio_min": min, "ratio_max": max, "log_prob_gap_max": max}
+_SHARES = ("loss", "policy_loss", "value_loss", "entropy", "kl_reference")
+_OVER_MICRO_BATCHES: dict[str, Merge] = {**_EXTREMES, **dict.fromkeys(_SHARES, sum)}
+_SAMPLE_MEANS = ("value_clip_fraction",)  # means over samples; the others are means over units
+_OVER_UPDATES: dict[str, Merge] = {**_EXTREMES, "skipped": sum}
 
 
 class MetricMerger:
-    """Averages what the updates of one iteration report (extremes of the metrics that are extremes), weighted by sample counts."""
+    """Averages what several micro-batches or updates report, weighted, but for the metrics that ``merges`` treats otherwise."""
 
-    def __init__(self) -> None:
+    def __init__(self, merges: Mapping[str, Merge]) -> None:
+        self._merges = merges
         self._values: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
     def add(self, metrics: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
@@ -36,15 +43,32 @@ class MetricMerger:
     def result(self) -> dict[str, float]:
         merged = {}
         for name, entries in self._values.items():
-            merge = _MERGE.get(name)
-            total = sum(weight for _, weight in entries)
+            merge, total = self._merges.get(name), sum(weight for _, weight in entries)
             merged[name] = merge(v for v, _ in entries) if merge else sum(v * w for v, w in entries) / max(total, 1e-12)
         return merged
 
 
+def accumulate(examples: Examples, micro_batch: int | None, loss_of: Callable[[Examples, float], Loss]) -> dict[str, float]:
+    """Add the gradient of a mean over the real actions of ``examples`` to ``.grad``, micro-batch by micro-batch; its metrics.
+
+    ``loss_of(part, share)`` is ``share`` times the mean loss of a part. Padding carries no loss, so a part's share is that of its
+    real actions, not of its rows: only then do the parts add up to the mean over all.
+    """
+    merger = MetricMerger(_OVER_MICRO_BATCHES)
+    real = max(int(examples.mask_BH.sum()), 1)
+    for piece in micro_batches(len(examples), micro_batch):
+        part = rows(examples, torch.arange(piece.start, piece.stop))
+        share = int(part.mask_BH.sum()) / real
+        loss = loss_of(part, share)
+        loss.value.backward()
+        merger.add(loss.metrics, weight=share)
+        merger.add({"loss": loss.value.detach()})
+    return merger.result()
+
+
 @dataclass
 class SupervisedTerm:
-    """A supervised loss added to every update of a stage: ``weight`` x the policy's imitation loss, one batch per micro-batch."""
+    """A supervised loss added to every update of a stage: ``weight`` x the policy's imitation loss on ``batch_size`` examples."""
 
     source: ExampleSource
     batch_size: int
@@ -56,10 +80,14 @@ class SupervisedTerm:
         progress = iteration / max(iterations - 1, 1)
         return self.weight_from + (self.weight_to - self.weight_from) * progress
 
-    def backward(self, policy: Any, generator: torch.Generator, scale: float) -> Mapping[str, Tensor | float]:
-        loss = policy.supervised_loss(self.source.batch(self.batch_size), generator)
-        (scale * loss.value).backward()
-        return {"supervised_loss": loss.value.detach(), **loss.metrics}
+    def backward(self, policy: Any, generator: torch.Generator, weight: float, micro_batch: int | None) -> dict[str, float]:
+        """Add the term's gradient; its metrics, of which ``loss`` is weighted and ``supervised_loss`` is not."""
+
+        def loss_of(part: Examples, share: float) -> Loss:
+            loss = policy.supervised_loss(part, generator)
+            return Loss(weight * share * loss.value, {**loss.metrics, "supervised_loss": loss.value.detach()})
+
+        return accumulate(self.source.batch(self.batch_size), micro_batch, loss_of)
 
 
 @dataclass
@@ -76,54 +104,59 @@ class RolloutUpdate:
     supervised: SupervisedTerm | None = None
     reference: LikelihoodPolicy | None = None
 
+    @torch.no_grad()
     def prepare(self, rollout: Rollout) -> tuple[Batch, Advantages]:
         """Advantages, and the batch with the reference's log-probabilities where the algorithm reads them."""
         advantages = self.algorithm.advantages(rollout)
         batch = make_batch(rollout, advantages, self.policy)
         if self.reference is not None and len(batch):
             with self.reference.compute_mode(train=False):
-                scores = [
-                    self.reference.evaluate(batch.select(_rows(s)).trace) for s in micro_batches(len(batch), self.micro_batch)
-                ]
+                pieces = micro_batches(len(batch), self.micro_batch)
+                scores = [self.reference.evaluate(_rows(batch, piece).trace) for piece in pieces]
             batch = replace(batch, reference_log_probs_NK=torch.cat([s.log_probs_NK for s in scores]))
         return batch, advantages
 
     def run(self, batch: Batch, iteration: int) -> dict[str, float]:
-        """Epochs of updates; ends early, as counted in ``updates``, once an update's approximate KL exceeds the algorithm's bound."""
-        merger, updates, first_gap = MetricMerger(), 0, None
+        """Epochs of updates; ends early, as counted in ``updates``, once an update's approximate KL exceeds its bound.
+
+        An empty batch (every group was filtered out) gives no update, of the supervised term neither.
+        """
+        merger, updates, stopped = MetricMerger(_OVER_UPDATES), 0, False
+        first_gap: dict[str, float] = {}
+        for index in self._minibatches(len(batch)):
+            metrics = self._update(batch.select(index), iteration)
+            if not first_gap:
+                # Only the first update scores with the weights the rollout was made with.
+                first_gap = {f"log_prob_mismatch{end}": metrics[f"log_prob_gap{end}"] for end in ("", "_max")}
+            merger.add({name: value for name, value in metrics.items() if not name.startswith("log_prob_gap")})
+            updates += 1
+            stopped = self.algorithm.max_kl is not None and metrics["approx_kl"] > self.algorithm.max_kl
+            if stopped:
+                break
+        return merger.result() | first_gap | {"updates": float(updates), "stopped_by_kl": float(stopped)}
+
+    def _minibatches(self, size: int) -> Iterator[Tensor]:
         for _ in range(self.algorithm.epochs):
-            for index in minibatch_indices(len(batch), self.algorithm.minibatches, self.minibatch_generator):
-                metrics = self._update(batch.select(index), iteration)
-                if first_gap is None:
-                    # Only the first update scores with the weights the rollout was made with.
-                    first_gap = {
-                        "log_prob_mismatch": metrics["log_prob_gap"],
-                        "log_prob_mismatch_max": metrics["log_prob_gap_max"],
-                    }
-                merger.add({name: value for name, value in metrics.items() if not name.startswith("log_prob_gap")})
-                updates += 1
-                if self.algorithm.max_kl is not None and metrics["approx_kl"] > self.algorithm.max_kl:
-                    return merger.result() | first_gap | {"updates": float(updates), "stopped_by_kl": 1.0}
-        return merger.result() | (first_gap or {}) | {"updates": float(updates)}
+            yield from minibatch_indices(size, self.algorithm.minibatches, self.minibatch_generator)
 
     def _update(self, batch: Batch, iteration: int) -> dict[str, float]:
         trained = batch.mask_NK
         context = LossContext(units=max(int(trained.sum()), 1), samples=max(int(trained.any(1).sum()), 1), iteration=iteration)
-        merger, total = MetricMerger(), 0.0
-        pieces = list(micro_batches(len(batch), self.micro_batch))
+        merger = MetricMerger(_OVER_MICRO_BATCHES)
         self.optimization.zero_grad()
         with self.policy.compute_mode(train=True):
-            for piece in pieces:
-                rows = _rows(piece)
-                loss: Loss = self.algorithm.loss(self.policy, batch.select(rows), context)
+            for piece in micro_batches(len(batch), self.micro_batch):
+                part = _rows(batch, piece)
+                loss = self.algorithm.loss(self.policy, part, context)
                 loss.value.backward()
-                total += float(loss.value.detach())
-                merger.add(_undo_share(loss.metrics, len(pieces)), weight=len(rows))
-                if self.supervised is not None:
-                    weight = self.supervised.weight(iteration, self.iterations)
-                    merger.add(self.supervised.backward(self.policy, self.supervised_generator, weight / len(pieces)))
-        merged = merger.result() | {"loss": total}
-        return merged | _step(self.optimization, self.policy, total)
+                weights = {name: part.mask_NK.any(1).sum() for name in _SAMPLE_MEANS}
+                for name, value in (*loss.metrics.items(), ("loss", loss.value.detach())):
+                    merger.add({name: value}, weight=int(weights.get(name, part.mask_NK.sum())))
+            if self.supervised is not None:
+                weight = self.supervised.weight(iteration, self.iterations)
+                merger.add(self.supervised.backward(self.policy, self.supervised_generator, weight, self.micro_batch))
+        metrics = merger.result()
+        return metrics | _step(self.optimization, self.policy, metrics["loss"])
 
 
 @dataclass
@@ -138,17 +171,14 @@ class SupervisedUpdate:
     micro_batch: int | None = None
 
     def run(self) -> dict[str, float]:
-        size = self.algorithm.batch_size
-        merger, total = MetricMerger(), 0.0
+        def loss_of(part: Examples, share: float) -> Loss:
+            return self.algorithm.loss(self.policy, part, share=share, generator=self.generator)
+
+        examples = self.source.batch(self.algorithm.batch_size)
         self.optimization.zero_grad()
         with self.policy.compute_mode(train=True):
-            for piece in micro_batches(size, self.micro_batch):
-                count = piece.stop - piece.start
-                loss = self.algorithm.loss(self.policy, self.source.batch(count), share=count / size, generator=self.generator)
-                loss.value.backward()
-                total += float(loss.value.detach())
-                merger.add(loss.metrics, weight=count)
-        return merger.result() | {"loss": total} | _step(self.optimization, self.policy, total)
+            metrics = accumulate(examples, self.micro_batch, loss_of)
+        return metrics | _step(self.optimization, self.policy, metrics["loss"])
 
 
 def _step(optimization: Optimization, policy: Any, loss: float) -> dict[str, float]:
@@ -158,13 +188,5 @@ def _step(optimization: Optimization, policy: Any, loss: float) -> dict[str, flo
     return {"grad_norm": report.grad_norm, "skipped": float(report.skipped), **rates}
 
 
-def _undo_share(metrics: Mapping[str, Tensor | float], pieces: int) -> dict[str, Tensor | float]:
-    """Loss-like metrics are shares that add up; scaled by the number of pieces their mean is the whole's value (equal pieces)."""
-    return {name: value * pieces if name in _SHARES else value for name, value in metrics.items()}
-
-
-_SHARES = frozenset({"policy_loss", "value_loss", "entropy", "kl_reference"})
-
-
-def _rows(piece: slice) -> Tensor:
-    return torch.arange(piece.start, piece.stop)
+def _rows(batch: Batch, piece: slice) -> Batch:
+    return batch.map(lambda tensor: tensor[piece])

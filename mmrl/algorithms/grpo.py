@@ -4,8 +4,8 @@
 
 Shao et al. 2024 (arXiv 2402.03300). Groups are G episodes of one task id, so they share layout and instruction; no critic.
 Departures: no KL by default; groups without spread carry no signal and are left out of the loss (and counted), as in DAPO
-(arXiv 2503.14476); groups whose success rate is outside ``success_range`` likewise, as pi_RL filters at 0.1-0.9, but unlike there
-the mean runs over what is left. Each episode weighs by its number of decisions unless ``reduce`` says otherwise.
+(arXiv 2503.14476); groups whose success rate is outside ``success_range`` likewise, as pi_RL filters at 0.1-0.9. The loss is the
+mean over the decisions that are left, so an episode weighs by its number of decisions (pi_RL can weigh all episodes alike).
 """
 
 from __future__ import annotations

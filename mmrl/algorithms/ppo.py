@@ -6,8 +6,8 @@
 
 Schulman et al. 2017 (arXiv 1707.06347), GAE: Schulman et al. 2016 (arXiv 1506.02438). As pi_RL applies it to flow policies: one
 decision is one step (gamma per decision, the reward of a chunk is the sum over its actions), Huber delta 10, value clip 0.2.
-Departures from pi_RL: a truncated episode is bootstrapped from the value of its final observation inside GAE, not by adding to its
-reward; the value loss has a weight of its own.
+Departures from pi_RL: a truncated episode is bootstrapped from the value of its final observation inside GAE, not by adding to
+its reward; the value loss has a weight of its own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PPO:
         huber_delta: float | None = Field(default=10.0, gt=0)
         """Where the value loss turns from square to linear; null: square everywhere."""
         critic_warmup: int = Field(default=0, ge=0)
-        """Iterations at the start of the stage in which only the critic learns."""
+        """Iterations at the start of the stage in which the value loss alone counts, so that the critic finds its feet."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -87,6 +87,7 @@ class PPO:
             huber_delta=self.config.huber_delta,
             normalizer=context.samples,
         )
-        actor_weight = 0.0 if context.iteration < self.config.critic_warmup else 1.0
-        value = actor_weight * actor.value + self.config.value_weight * critic.value
+        value = self.config.value_weight * critic.value
+        if context.iteration >= self.config.critic_warmup:  # left out, not weighted by 0: then the actor is not even decayed
+            value = value + actor.value
         return Loss(value, {**actor.metrics, **critic.metrics, "value_loss": critic.value.detach()})

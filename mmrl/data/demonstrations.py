@@ -19,6 +19,8 @@ from mmrl.errors import MMRLError
 from mmrl.protocols import DataContext, Environment, ExpertEnvironment
 from mmrl.types import Examples, Observation
 
+HOPELESS = 1000  # failed demonstrations after which there is no point in waiting for a success
+
 
 def record(environment: Environment, task_ids_B: Tensor, horizon: int, *, only_successes: bool) -> Examples:
     """One expert episode per slot: every moment with the ``horizon`` actions that followed it, slot by slot in time order.
@@ -133,19 +135,25 @@ class ExpertStream:
         self._before_fill = self._cursor()
 
     def batch(self, size: int) -> Examples:
-        if self._pool is None or self._used + size > len(self._order):
-            self._fill()
-        self._used += size
-        assert self._pool is not None
-        return rows(self._pool, self._order[self._used - size : self._used])
+        parts: list[Examples] = []
+        while (missing := size - sum(len(part) for part in parts)) > 0:
+            if self._pool is None or self._used == len(self._order):
+                self._fill()
+            assert self._pool is not None
+            taken = self._order[self._used : self._used + missing]
+            self._used += len(taken)
+            parts.append(rows(self._pool, taken))
+        return parts[0] if len(parts) == 1 else concat(parts)
 
     def _cursor(self) -> dict[str, Tensor]:
         return {"generator": self._generator.get_state(), "next_task": torch.tensor(self._next_task)}
 
     def _fill(self) -> None:
-        self._before_fill = self._cursor()
+        self._before_fill, first = self._cursor(), self._next_task
         parts: list[Examples] = []
-        while sum(len(part) for part in parts) < self._config.buffer:
+        while (recorded := sum(len(part) for part in parts)) < self._config.buffer:
+            if recorded == 0 and self._next_task - first >= HOPELESS:
+                raise MMRLError(f"the scripted expert solved none of {HOPELESS} episodes; raise the environment's time limit")
             tasks = torch.arange(self._next_task, self._next_task + self._config.num_envs, device=self._context.device)
             self._next_task += self._config.num_envs
             parts.append(record(self._environment, tasks, self._context.horizon, only_successes=True))
@@ -159,7 +167,7 @@ class ExpertStream:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._generator.set_state(state["generator"])
         self._next_task, used = int(state["next_task"]), int(state["used"])
-        self._pool = None
+        self._pool, self._before_fill = None, self._cursor()
         if used >= 0:
             self._fill()
             self._used = used

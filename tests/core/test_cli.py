@@ -172,7 +172,7 @@ def test_an_interrupt_says_how_to_go_on(trainer: FakeTrainer) -> None:
 
 def test_evaluate_passes_what_it_was_given(trainer: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(commands.evaluation, "evaluate_run", lambda *arguments: calls.append(arguments[:3]), raising=False)
+    monkeypatch.setattr(commands.playback, "evaluate_run", lambda *arguments: calls.append(arguments[:3]))
     mmrl("train", "x.yaml")
     assert mmrl("evaluate", "runs/run", "evaluation.num_envs=3", "--episodes", "9").exit_code == 0
     assert mmrl("evaluate", "x.yaml").exit_code == 0

@@ -1,0 +1,216 @@
+"""What a stage does in an iteration: draw examples and imitate them, or collect rollouts and learn from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmrl.component import Component
+from mmrl.config import StageConfig
+from mmrl.errors import ConfigError
+from mmrl.optim import Optimization
+from mmrl.protocols import Environment, ExampleSource
+from mmrl.rollout import Collector, episode_metrics
+from mmrl.seeding import Streams, derive_seed
+from mmrl.updates import RolloutUpdate, SupervisedTerm, SupervisedUpdate
+
+STATISTICS_EXAMPLES = 4096  # examples a policy without normalisation statistics takes them from
+
+
+@dataclass
+class Setting:
+    """What a stage gives its learner. ``where`` names the stage in messages, ``index`` is its place in the run."""
+
+    where: str
+    index: int
+    config: StageConfig
+    policy: Any
+    algorithm: Any
+    streams: Streams
+    device: torch.device
+    make_environment: Callable[[int], Environment]
+    make_source: Callable[[str, Component], ExampleSource]
+
+    def optimization(self, total_updates: int) -> Optimization:
+        config = self.config
+        return Optimization(config.optimizer, self.policy.trainable(), total_updates, max_skipped=config.max_skipped_updates)
+
+
+class Learner:
+    """One subclass for each kind of experience."""
+
+    optimization: Optimization
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """One iteration (numbered from 0); its metrics, named as they are logged."""
+        raise NotImplementedError
+
+    def sections(self) -> dict[str, Mapping[str, Tensor]]:
+        """Tensors to keep in a checkpoint beside weights, optimizer, generators and data cursors."""
+        return {}
+
+    def meta(self) -> dict[str, Any]:
+        """Numbers to keep in a checkpoint."""
+        return {}
+
+    def restore(self, sections: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+        """Continue from what ``sections`` and ``meta`` returned."""
+
+    def close(self) -> None:
+        """Release what the stage held."""
+
+
+class ExampleLearner(Learner):
+    """Draws examples and imitates them."""
+
+    def __init__(self, setting: Setting) -> None:
+        config = setting.config
+        assert config.data is not None
+        source = setting.make_source("data", config.data)
+        fit_statistics(setting.policy, source)
+        self.optimization = setting.optimization(config.iterations)
+        generator = setting.streams.get("supervised", setting.device)
+        self._update = SupervisedUpdate(
+            setting.policy, setting.algorithm, self.optimization, source, generator, config.micro_batch
+        )
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        started = time.perf_counter()
+        metrics = self._update.run()
+        seconds = time.perf_counter() - started
+        samples_per_s = self._update.algorithm.batch_size / seconds
+        return {**grouped(metrics), "seconds/update": seconds, "speed/samples_per_s": samples_per_s}
+
+
+class RolloutLearner(Learner):
+    """Collects rollouts and learns from them."""
+
+    def __init__(self, setting: Setting) -> None:
+        config, algorithm, policy = setting.config, setting.algorithm, setting.policy
+        assert config.collect is not None
+        self._policy = policy
+        self._value = policy.value if "critic" in algorithm.needs else None
+        reset = not algorithm.whole_episodes if config.collect.auto_reset is None else config.collect.auto_reset
+        self._environment = setting.make_environment(config.collect.num_envs)
+        _check(setting, self._environment, reset)
+        self._collector = Collector(
+            self._environment, decisions=config.collect.decisions, group_size=algorithm.group_size, auto_reset=reset
+        )
+        # Another seed of the run, and another stage, means other tasks.
+        self._collector.next_task = derive_seed(setting.streams.seed, "tasks", setting.index) % 2**40 + 2**32
+        self._generator = setting.streams.get("collect", setting.device)
+        supervised = _supervised(setting)  # may give the policy its statistics, so before the reference copies it
+        self._reference = policy.reference() if algorithm.uses_reference else None
+        self.optimization = setting.optimization(config.iterations * algorithm.epochs * algorithm.minibatches)
+        self._update = RolloutUpdate(
+            policy,
+            algorithm,
+            self.optimization,
+            setting.streams.get("minibatch", setting.device),
+            setting.streams.get("supervised", setting.device),
+            config.iterations,
+            config.micro_batch,
+            supervised,
+            self._reference,
+        )
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        times = [time.perf_counter()]
+        rollout = self._collector.collect(self._policy, self._generator, self._value)
+        times.append(time.perf_counter())
+        batch, advantages = self._update.prepare(rollout)
+        times.append(time.perf_counter())
+        metrics = self._update.run(batch, iteration)
+        times.append(time.perf_counter())
+        collect, score, update = (later - earlier for earlier, later in pairwise(times))
+        return {
+            **episode_metrics(rollout.episodes),
+            **grouped(metrics),
+            **{f"advantages/{name}": number for name, number in advantages.metrics.items()},
+            "rollout/decisions": float(rollout.decisions),
+            "rollout/env_steps": float(rollout.env_steps),
+            "rollout/trained_decisions": float(len(batch)),
+            "speed/env_steps_per_s": rollout.env_steps / collect,
+            "speed/decisions_per_s": rollout.decisions / (collect + score + update),
+            "seconds/collect": collect,
+            "seconds/score": score,
+            "seconds/update": update,
+        }
+
+    def sections(self) -> dict[str, Mapping[str, Tensor]]:
+        return {} if self._reference is None else {"reference": self._reference.state_dict()}
+
+    def meta(self) -> dict[str, Any]:
+        return {"next_task": self._collector.next_task}
+
+    def restore(self, sections: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+        self._collector.next_task = int(meta["next_task"])
+        if self._reference is not None:
+            self._reference.load_state_dict(sections["reference"])
+
+    def close(self) -> None:
+        self._environment.close()
+
+
+_LEARNERS: dict[str, Callable[[Setting], Learner]] = {"rollout": RolloutLearner, "examples": ExampleLearner}
+
+
+def make_learner(setting: Setting) -> Learner:
+    """The learner of the experience that the stage's algorithm needs."""
+    need = next(need for need in _LEARNERS if need in setting.algorithm.needs)
+    return _LEARNERS[need](setting)
+
+
+def fit_statistics(policy: Any, source: ExampleSource) -> None:
+    """Statistics from the first examples, for a policy that has none; the source then starts where it stood."""
+    if policy.needs_statistics():
+        cursor = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+        policy.fit_statistics(source.batch(STATISTICS_EXAMPLES))
+        source.load_state_dict(cursor)
+
+
+def _check(setting: Setting, environment: Environment, reset: bool) -> None:
+    """Refuse what only the built environment and policy can tell does not fit together."""
+    algorithm, collect, target = setting.algorithm, setting.config.collect, setting.config.algorithm.target
+    assert collect is not None
+    key = f"{setting.where}.collect"
+    if algorithm.whole_episodes and reset:
+        raise ConfigError(f"'{key}.auto_reset' is true, but {target} judges whole episodes; set it to false")
+    needed = -(-environment.max_steps // getattr(setting.policy, "execute", 1))
+    if algorithm.whole_episodes and collect.decisions < needed:
+        raise ConfigError(
+            f"'{key}.decisions' is {collect.decisions}, but {target} judges whole episodes, which may take {needed}; raise it"
+        )
+
+
+def _supervised(setting: Setting) -> SupervisedTerm | None:
+    config = setting.config.supervised
+    if config is None:
+        return None
+    source = setting.make_source("supervised", config.data)
+    fit_statistics(setting.policy, source)
+    first, last = config.weight if isinstance(config.weight, list) else (config.weight, config.weight)
+    return SupervisedTerm(source, config.batch_size, first, last)
+
+
+# Metric names get the group under which the report and TensorBoard show them.
+_GROUPS = {
+    "loss": ("loss", "policy_loss", "value_loss", "supervised_loss", "flow_matching"),
+    "update": ("grad_norm", "skipped", "updates", "stopped_by_kl"),
+}
+_GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
+
+
+def grouped(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of an update as they are logged: ``loss/...``, ``update/...``, ``optimizer/lr_...`` or ``policy/...``."""
+
+    def group(name: str) -> str:
+        return "optimizer" if name.startswith("lr_") else _GROUP_OF.get(name, "policy")
+
+    return {f"{group(name)}/{name}": value for name, value in metrics.items()}

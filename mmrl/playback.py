@@ -1,0 +1,122 @@
+"""Measuring the policy of a run again: ``mmrl evaluate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmrl import checkpoint, metrics
+from mmrl.building import build_environment, build_policy, choose_device, exclusive, load_weights
+from mmrl.config import RunConfig, StageConfig, load
+from mmrl.errors import CheckpointError, TrainingError
+from mmrl.evaluation import EvaluationResult, evaluate
+from mmrl.optim import Optimization
+from mmrl.progress import Progress
+from mmrl.seeding import Streams, configure_torch
+
+LABEL = "evaluate"
+
+
+class Loaded(NamedTuple):
+    """A run's policy as its newest checkpoint holds it, and where in the run that was."""
+
+    policy: Any
+    stage: StageConfig
+    iteration: int
+
+
+def load_policy(run_dir: Path, config: RunConfig, device: torch.device) -> Loaded:
+    """The policy of the newest complete checkpoint, built as the stage it belongs to builds it.
+
+    Where that stage averages its weights, the policy has the averaged ones. Raises CheckpointError where there is no complete
+    checkpoint, or one of another policy.
+    """
+    path = checkpoint.latest(run_dir / "checkpoints").path
+    sections, meta = checkpoint.load(path)
+    if int(meta["stage"]) >= len(config.stages):
+        raise CheckpointError(f"{path} belongs to stage {meta['stage'] + 1}, but the run's config.yaml has fewer; restore it")
+    stage = config.stages[int(meta["stage"])]
+    policy = build_policy(config, stage, device)
+    checkpoint.check_fingerprint(meta, policy.fingerprint(), path)
+    load_weights(policy, sections["policy"], f"{path} does not hold this policy's weights")
+    policy.version = int(meta["policy_version"])
+    if stage.optimizer.ema is not None:
+        optimization = Optimization(stage.optimizer, policy.trainable(), stage.iterations, max_skipped=1)
+        optimization.load(sections["optimizer"], meta["optimizer"])
+        with optimization.ema_scope():
+            averaged = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+        policy.load_state_dict(averaged)
+    return Loaded(policy, stage, int(meta["iteration"]))
+
+
+def evaluate_run(run_dir: Path, overrides: Sequence[str], episodes: int | None, progress: Progress) -> None:
+    """Play the run's policy on its evaluation episodes and print a table of success per family with 95 % intervals.
+
+    overrides: changes to the run's config.yaml (``evaluation.environment.domain=real``). episodes: how many to play (None: as
+    many as the config says). The numbers are added to metrics.jsonl, labelled ``evaluate``, and videos to trajectories/ - unless
+    another process is training the run at the moment, which alone may write there.
+    """
+    config = load(run_dir / "config.yaml", overrides)
+    configure_torch(config.threads, deterministic=False)
+    device = choose_device(config.device)
+    policy, stage, iteration = load_policy(run_dir, config, device)
+    count = episodes or config.evaluation.episodes
+    environment = build_environment(
+        config,
+        min(config.evaluation.num_envs, count),
+        device,
+        (f"stages.{stage.name}.environment", stage.environment),
+        ("evaluation.environment", config.evaluation.environment),
+    )
+    with ExitStack() as held:
+        held.callback(environment.close)
+        writable = _hold(held, run_dir, progress)
+        result = evaluate(
+            policy,
+            environment,
+            episodes=count,
+            first_task=config.evaluation.first_task,
+            generator=Streams(config.seed).fresh("evaluation", device=device),
+            progress=progress,
+            videos=config.evaluation.videos if writable else 0,
+            video_folder=run_dir / "trajectories",
+            label=LABEL,
+            stage=stage.name,
+        )
+        if writable:
+            _write_down(run_dir, config, stage.name, iteration, result)
+    Console(width=100).print(_table(result, f"{run_dir}, {stage.name} after {iteration} iterations"))
+
+
+def _hold(held: ExitStack, run_dir: Path, progress: Progress) -> bool:
+    """Whether the run is ours to write to until ``held`` is left."""
+    try:
+        held.enter_context(exclusive(run_dir))
+    except TrainingError as error:
+        progress.note(f"{error}; the evaluation is shown here only")
+        return False
+    return True
+
+
+def _write_down(run_dir: Path, config: RunConfig, stage: str, iteration: int, result: EvaluationResult) -> None:
+    elapsed = max((float(row["seconds"]) for row in metrics.read(run_dir)), default=0.0)
+    writer = metrics.MetricsWriter(run_dir, tensorboard=config.tensorboard, elapsed=elapsed)
+    try:
+        writer.evaluation(stage, iteration, LABEL, result.row())
+    finally:
+        writer.close()
+
+
+def _table(result: EvaluationResult, title: str) -> Table:
+    table = Table(title=title)
+    for column in ("family", "success", "95 % interval", "episodes"):
+        table.add_column(column, justify="left" if column == "family" else "right")
+    for name, rate in [*result.families.items(), ("all", result)]:
+        table.add_row(name, f"{rate.success:.1%}", f"{rate.low:.1%} - {rate.high:.1%}", str(rate.episodes))
+    return table
