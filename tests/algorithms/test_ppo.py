@@ -1,0 +1,198 @@
+"""PPO against twins written with loops and python's floats, and the gradient that each of its terms leaves behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from mmrl.algorithms.ppo import PPO
+from mmrl.protocols import LossContext
+from mmrl.types import Batch, EpisodeRecord, Rollout
+
+
+def ppo(**fields: Any) -> PPO:
+    return PPO(PPO.Config(**fields))
+
+
+def context_of(batch: Batch, iteration: int = 0) -> LossContext:
+    return LossContext(units=int(batch.mask_NK.sum()), samples=int(batch.mask_NK.any(1).sum()), iteration=iteration)
+
+
+def rollout(t: int, b: int) -> Rollout:
+    """Random numbers, with ends of both kinds and decisions that do not count."""
+    kind_TB = torch.randint(0, 4, (t, b))
+    nothing = torch.zeros(0)
+    return Rollout(
+        trace={},
+        log_probs_TBK=torch.zeros(t, b, 1),
+        mask_TBK=torch.ones(t, b, 1, dtype=torch.bool),
+        rewards_TB=torch.randn(t, b, dtype=torch.float64),
+        values_TB=torch.randn(t, b, dtype=torch.float64),
+        next_values_TB=torch.randn(t, b, dtype=torch.float64),
+        valid_TB=torch.rand(t, b) < 0.8,
+        terminated_TB=kind_TB == 1,
+        truncated_TB=kind_TB == 2,
+        task_ids_TB=torch.zeros(t, b, dtype=torch.long),
+        episodes=EpisodeRecord(nothing.long(), nothing, nothing, nothing.long()),
+        env_steps=0,
+    )
+
+
+def naive_advantages(r: Rollout, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """By the definition: a sum of discounted errors to the end of the trace, for every decision on its own."""
+    t, b = r.rewards_TB.shape
+    advantages = torch.zeros(t, b, dtype=torch.float64)
+    for slot in range(b):
+        for start in range(t):
+            total, weight = 0.0, 1.0
+            for now in range(start, t):
+                following = 0.0 if r.terminated_TB[now, slot] else float(r.next_values_TB[now, slot])
+                error = float(r.rewards_TB[now, slot]) + gamma * following - float(r.values_TB[now, slot])
+                total += weight * error
+                weight *= gamma * lam
+                if r.terminated_TB[now, slot] or r.truncated_TB[now, slot]:
+                    break
+            advantages[start, slot] = total
+    return advantages, advantages + r.values_TB
+
+
+def test_advantages_equal_a_naive_sum_and_are_standardised_over_the_decisions_that_count() -> None:
+    r = rollout(9, 5)
+    naive, returns = naive_advantages(r, 0.9, 0.8)
+    plain = ppo(gamma=0.9, lam=0.8, normalize_advantages=False).advantages(r)
+    torch.testing.assert_close(plain.advantages_TB, naive, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(plain.returns_TB, returns, rtol=1e-12, atol=1e-12)
+    assert torch.equal(plain.keep_TB, r.valid_TB)
+    kept = naive[r.valid_TB].tolist()
+    mean = sum(kept) / len(kept)
+    std = math.sqrt(sum((x - mean) ** 2 for x in kept) / (len(kept) - 1))
+    normal = ppo(gamma=0.9, lam=0.8).advantages(r)
+    expected = [(x - mean) / (std + 1e-5) for x in kept]
+    torch.testing.assert_close(normal.advantages_TB[r.valid_TB], torch.tensor(expected, dtype=torch.float64))
+    assert normal.metrics["advantage_std"] == pytest.approx(std)
+    left = (returns - r.values_TB)[r.valid_TB]
+    assert normal.metrics["explained_variance"] == pytest.approx(1 - float(left.var() / returns[r.valid_TB].var()))
+
+
+def huber(error: float, delta: float) -> float:
+    return error * error / 2 if abs(error) <= delta else delta * (abs(error) - delta / 2)
+
+
+def naive_loss(policy: Any, batch: Batch, config: PPO.Config) -> float:
+    """The whole mini-batch's loss, unit by unit."""
+    policy_terms, entropies, divergences, value_terms = [], [], [], []
+    for n in range(len(batch)):
+        units = batch.mask_NK[n].nonzero()[:, 0].tolist()
+        for k in units:
+            new, advantage = float(policy.log_probs_NK[n, k]), float(batch.advantages_N[n])
+            ratio = math.exp(new - float(batch.old_log_probs_NK[n, k]))
+            clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
+            term = max(-advantage * ratio, -advantage * clipped)
+            if config.dual_clip is not None and advantage < 0:
+                term = min(term, -config.dual_clip * advantage)
+            policy_terms.append(term)
+            entropies.append(float(policy.entropy_NK[n, k]))
+            assert batch.reference_log_probs_NK is not None
+            gap = new - float(batch.reference_log_probs_NK[n, k])
+            divergences.append(math.exp(-gap) - 1 + gap)
+        if units:
+            value, old = float(policy.values_N[n]), float(batch.old_values_N[n])
+            assert config.value_clip is not None and config.huber_delta is not None
+            near = old + min(max(value - old, -config.value_clip), config.value_clip)
+            errors = (float(batch.returns_N[n]) - value, float(batch.returns_N[n]) - near)
+            value_terms.append(max(huber(error, config.huber_delta) for error in errors))
+    units = len(policy_terms)
+    actor = (sum(policy_terms) - config.entropy_weight * sum(entropies) + config.kl_weight * sum(divergences)) / units
+    return actor + config.value_weight * sum(value_terms) / len(value_terms)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"clip_low": 0.05, "clip_high": 0.4, "dual_clip": 1.2, "huber_delta": 0.5, "value_clip": 0.1, "value_weight": 0.3},
+        {"entropy_weight": 0.05, "kl_weight": 0.2, "kl_kind": "k3"},
+    ],
+)
+def test_the_loss_equals_a_naive_twin(fields: dict[str, Any], case: Callable[..., Any]) -> None:
+    policy, batch = case(n=12, spread=0.5)
+    algorithm = ppo(**fields)
+    loss = algorithm.loss(policy, batch, context_of(batch))
+    assert float(loss.value) == pytest.approx(naive_loss(policy, batch, algorithm.config), rel=1e-12)
+
+
+def test_micro_batch_losses_add_up_to_the_whole_batch_s(case: Callable[..., Any]) -> None:
+    policy, batch = case(n=10)
+    algorithm = ppo(entropy_weight=0.1, kl_weight=0.1, reduce="sample_mean")
+    whole = algorithm.loss(policy, batch, context_of(batch)).value
+    pieces = [batch.select(torch.arange(*piece)) for piece in ((0, 1), (1, 5), (5, 10))]
+    parts = [algorithm.loss(policy, piece, context_of(batch)).value for piece in pieces]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=1e-12)
+
+
+# A field of the configuration, and which of the gradients (log-probabilities, entropies, values) it must change.
+TERMS = {
+    "entropy_weight": (False, True, False),
+    "kl_weight": (True, False, False),
+    "value_weight": (False, False, True),
+}
+
+
+@pytest.mark.parametrize("field", TERMS)
+def test_every_weight_changes_the_gradient_of_its_term_and_no_other(field: str, case: Callable[..., Any]) -> None:
+    gradients = []
+    for weight in (0.5, 1.0):
+        torch.manual_seed(1)
+        policy, batch = case()
+        ppo(**{field: weight}).loss(policy, batch, context_of(batch)).value.backward()
+        gradients.append(policy.gradients())
+    changed = tuple(not torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+    assert changed == TERMS[field]
+
+
+def test_the_policy_term_follows_the_advantages(case: Callable[..., Any]) -> None:
+    policy, batch = case(spread=0.0, masked=False)
+    ppo(value_weight=0.0).loss(policy, batch, context_of(batch)).value.backward()
+    gradient_NK, entropy_NK, values_N = policy.gradients()
+    # At ratio 1 the gradient is REINFORCE's: - A / number of units.
+    expected_NK = (-batch.advantages_N[:, None] / batch.mask_NK.numel()).expand_as(gradient_NK)
+    torch.testing.assert_close(gradient_NK, expected_NK, rtol=1e-12, atol=1e-12)
+    assert not entropy_NK.any() and not values_N.any()
+
+
+def test_at_unchanged_weights_every_ratio_is_one_and_nothing_is_clipped(case: Callable[..., Any]) -> None:
+    policy, batch = case(spread=0.0, masked=False)
+    metrics = ppo().loss(policy, batch, context_of(batch)).metrics
+    for name, expected in {"ratio_min": 1, "ratio_max": 1, "clip_fraction": 0, "approx_kl": 0, "log_prob_gap_max": 0}.items():
+        assert float(metrics[name]) == expected, name
+
+
+def test_while_the_critic_warms_up_no_gradient_reaches_the_actor(case: Callable[..., Any]) -> None:
+    algorithm = ppo(critic_warmup=2, entropy_weight=0.1, kl_weight=0.1)
+    reached = []
+    for iteration in range(4):
+        policy, batch = case()
+        algorithm.loss(policy, batch, context_of(batch, iteration)).value.backward()
+        assert policy.values_N.grad is not None and policy.values_N.grad.any()
+        reached.append(policy.log_probs_NK.grad is not None)  # None, not zero: AdamW would decay what has a zero gradient
+    assert reached == [False, False, True, True]
+
+
+def test_untrained_units_and_their_decisions_get_no_gradient(case: Callable[..., Any]) -> None:
+    policy, batch = case(n=20)
+    ppo(entropy_weight=0.1, kl_weight=0.1).loss(policy, batch, context_of(batch)).value.backward()
+    log_probs_NK, entropy_NK, values_N = policy.gradients()
+    assert not log_probs_NK[~batch.mask_NK].any() and not entropy_NK[~batch.mask_NK].any()
+    assert not values_N[~batch.mask_NK.any(1)].any() and values_N.any()
+
+
+@pytest.mark.parametrize("fields", [{"epochs": 0}, {"gamma": 1.1}, {"clip_low": 0.0}, {"dual_clip": 1.0}, {"lamda": 0.9}])
+def test_impossible_settings_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises((ValidationError, TypeError)):
+        ppo(**fields)

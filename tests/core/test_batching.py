@@ -1,0 +1,91 @@
+"""From a rollout to mini-batches: which rows, in which order, each exactly once an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmrl.batching import make_batch, micro_batches, minibatch_indices
+from mmrl.protocols import Advantages
+from mmrl.types import EpisodeRecord, Rollout
+
+
+class Packer:
+    def pack(self, rollout: Rollout) -> Mapping[str, Tensor]:
+        return {name: value[rollout.valid_TB] for name, value in rollout.trace.items()}
+
+
+def numbered(t: int, b: int, valid_TB: Tensor) -> Rollout:
+    """Every entry says where it is: 10 t + b."""
+    where_TB = 10.0 * torch.arange(t)[:, None] + torch.arange(b)
+    nothing = torch.zeros(0)
+    flags_TB = torch.zeros(t, b, dtype=torch.bool)
+    return Rollout(
+        trace={"where": where_TB},
+        log_probs_TBK=where_TB[..., None] + torch.tensor([0.1, 0.2]),
+        mask_TBK=torch.stack([where_TB > 0, where_TB > 5], -1),
+        rewards_TB=where_TB,
+        values_TB=where_TB + 0.3,
+        next_values_TB=where_TB,
+        valid_TB=valid_TB,
+        terminated_TB=flags_TB,
+        truncated_TB=flags_TB,
+        task_ids_TB=where_TB.long(),
+        episodes=EpisodeRecord(nothing.long(), nothing, nothing, nothing.long()),
+        env_steps=0,
+    )
+
+
+def test_a_batch_holds_the_kept_decisions_in_time_then_slot_order() -> None:
+    valid_TB = torch.tensor([[True, True, True], [True, False, True]])
+    rollout = numbered(2, 3, valid_TB)
+    keep_TB = valid_TB & torch.tensor([True, True, False])
+    advantages = Advantages(rollout.rewards_TB + 0.5, rollout.rewards_TB + 0.6, keep_TB, {})
+    policy: Any = Packer()
+    batch = make_batch(rollout, advantages, policy)
+    where = torch.tensor([0.0, 1.0, 10.0])
+    assert torch.equal(batch.trace["where"], where)
+    assert torch.equal(batch.old_log_probs_NK, where[:, None] + torch.tensor([0.1, 0.2]))
+    assert batch.mask_NK.tolist() == [[False, False], [True, False], [True, True]]
+    assert torch.equal(batch.advantages_N, where + 0.5)
+    assert torch.equal(batch.returns_N, where + 0.6)
+    assert torch.equal(batch.old_values_N, where + 0.3)
+    everything = make_batch(rollout, Advantages(rollout.rewards_TB, rollout.rewards_TB, valid_TB, {}), policy)
+    assert everything.trace["where"].tolist() == [0, 1, 2, 10, 12]
+
+
+@pytest.mark.parametrize(("size", "count"), [(12, 4), (13, 4), (3, 4), (1, 1), (7, 1)])
+def test_minibatches_are_a_shuffle_in_nearly_equal_parts(size: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    parts = list(minibatch_indices(size, count, generator))
+    assert len(parts) == min(count, size)
+    assert sorted(torch.cat(parts).tolist()) == list(range(size))
+    lengths = [len(part) for part in parts]
+    assert max(lengths) - min(lengths) <= 1
+    again = list(minibatch_indices(size, count, generator))
+    assert size < 7 or torch.cat(again).tolist() != torch.cat(parts).tolist()  # another epoch, another order
+    generator.manual_seed(5)
+    assert [part.tolist() for part in minibatch_indices(size, count, generator)] == [part.tolist() for part in parts]
+
+
+def test_no_rows_no_minibatches() -> None:
+    assert list(minibatch_indices(0, 4, torch.Generator())) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "micro", "expected"),
+    [
+        (5, 2, [(0, 2), (2, 4), (4, 5)]),
+        (4, 2, [(0, 2), (2, 4)]),
+        (3, None, [(0, 3)]),
+        (3, 9, [(0, 3)]),
+        (0, None, []),
+        (0, 2, []),
+    ],
+)
+def test_micro_batches_cover_every_row_once(size: int, micro: int | None, expected: list[tuple[int, int]]) -> None:
+    assert [(piece.start, piece.stop) for piece in micro_batches(size, micro)] == expected

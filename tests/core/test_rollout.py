@@ -1,0 +1,257 @@
+"""Rollouts of scripted episodes, against numbers worked out by hand and against advantages computed episode by episode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmrl.numerics.advantages import gae
+from mmrl.rollout import Collector, episode_metrics
+from mmrl.types import ActionSpec, Decision, Observation, Step
+
+CHUNK = 2
+TRAP = 99.0  # the reward of an action after the end, which nothing may count
+
+
+def value_of(task: float, step: float) -> float:
+    """What the scripted critic thinks of a task after ``step`` actions: a number that names the moment."""
+    return 10.0 * task + step
+
+
+@dataclass
+class Moment:
+    """A decision as the environment saw it."""
+
+    slot: int
+    task: int
+    before: int
+    after: int
+    reward: float
+    terminated: bool
+    truncated: bool
+
+
+@dataclass
+class ScriptedEnvironment:
+    """Task i plays ``scripts[i % len(scripts)]``: the rewards of its actions, and whether its end is a truncation.
+
+    An action adds its value to the reward. It keeps a transcript, one list of moments a call of ``step``.
+    """
+
+    scripts: list[tuple[list[float], bool]]
+    num_envs: int
+    max_steps: int = 100
+    action_spec: ActionSpec = field(default_factory=lambda: ActionSpec(1, (-1.0,), (1.0,)))
+    resets: list[tuple[list[int], list[bool]]] = field(default_factory=list)
+    transcript: list[list[Moment]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.task, self.clock = [0] * self.num_envs, [0] * self.num_envs
+
+    def reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Observation:
+        where = [True] * self.num_envs if where_B is None else where_B.tolist()
+        self.resets.append((task_ids_B.tolist(), where))
+        for slot, chosen in enumerate(where):
+            if chosen:
+                self.task[slot], self.clock[slot] = int(task_ids_B[slot]), 0
+        return self._observe()
+
+    def _observe(self) -> Observation:
+        state = torch.tensor([self.task, self.clock], dtype=torch.float64).T
+        return Observation({}, state, tuple(f"task {task}" for task in self.task))
+
+    def step(self, actions_BCA: Tensor) -> Step:
+        rewards_BC = torch.full((self.num_envs, CHUNK), TRAP, dtype=torch.float64)
+        valid_BC = torch.zeros(self.num_envs, CHUNK, dtype=torch.bool)
+        terminated, truncated, moments = [], [], []
+        for slot in range(self.num_envs):
+            rewards, ends_by_time = self.scripts[self.task[slot] % len(self.scripts)]
+            before, total = self.clock[slot], 0.0
+            for action in range(CHUNK):
+                if self.clock[slot] < len(rewards):
+                    rewards_BC[slot, action] = rewards[self.clock[slot]] + float(actions_BCA[slot, action, 0])
+                    valid_BC[slot, action] = True
+                    total += float(rewards_BC[slot, action])
+                    self.clock[slot] += 1
+            done = self.clock[slot] == len(rewards)
+            terminated.append(done and not ends_by_time)
+            truncated.append(done and ends_by_time)
+            moments.append(Moment(slot, self.task[slot], before, self.clock[slot], total, terminated[-1], truncated[-1]))
+        self.transcript.append(moments)
+        end = torch.tensor(terminated)
+        metrics = {"success": end.float(), "clock": torch.tensor(self.clock, dtype=torch.float32)}
+        return Step(self._observe(), rewards_BC, valid_BC, end, torch.tensor(truncated), metrics)
+
+    def family_of(self, task_ids_M: Tensor) -> tuple[str, ...]:
+        return ("script",) * len(task_ids_M)
+
+    def close(self) -> None: ...
+
+
+class ScriptedPolicy:
+    """Acts with ``bias`` per slot and always knows ``value_of``."""
+
+    version = 3
+
+    def __init__(self, bias: list[float] | None = None) -> None:
+        self.bias, self.asked = bias, 0
+
+    def act(self, observation: Observation, generator: torch.Generator, *, explore: bool) -> Decision:
+        assert explore and not torch.is_grad_enabled()
+        b = observation.batch_size
+        action = torch.zeros(b, CHUNK, 1, dtype=torch.float64)
+        if self.bias is not None:
+            action += torch.tensor(self.bias, dtype=torch.float64)[:, None, None]
+        assert observation.state is not None
+        state_BS = observation.state
+        return Decision(action, {"state": state_BS}, -state_BS, state_BS > 0, self._values(state_BS), self.version)
+
+    def _values(self, state_BS: Tensor) -> Tensor:
+        return torch.tensor([value_of(*row) for row in state_BS.tolist()], dtype=torch.float64)
+
+    def value(self, observation: Observation, generator: torch.Generator) -> Tensor:
+        self.asked += observation.batch_size
+        assert observation.state is not None
+        return self._values(observation.state)
+
+
+# Three actions to the end; four actions and the time is up; six actions to the end.
+SCRIPTS = [([1.0, 2.0, 3.0], False), ([0.0, 5.0, 0.0, 0.0], True), ([2.0] * 6, False)]
+
+
+def collect(environment: ScriptedEnvironment, policy: Any, *, value: bool = True, **options: Any) -> tuple[Any, Collector]:
+    collector = Collector(environment, **options)
+    return collector.collect(policy, torch.Generator(), policy.value if value else None), collector
+
+
+def test_auto_reset_worked_by_hand() -> None:
+    environment, policy = ScriptedEnvironment(SCRIPTS, 2), ScriptedPolicy()
+    rollout, collector = collect(environment, policy, decisions=4)
+    # Slot 0 ends task 0 with its second decision, after the third action, and goes on with task 2, which the rollout's end cuts.
+    # Slot 1 runs out of time in task 1 after two decisions and goes on with task 3 (task 0's script), whose end is the rollout's.
+    assert rollout.task_ids_TB.tolist() == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert rollout.rewards_TB.tolist() == [[3, 5], [3, 0], [4, 3], [4, 3]]
+    assert rollout.values_TB.tolist() == [[0, 10], [2, 12], [20, 30], [22, 32]]
+    assert rollout.terminated_TB.tolist() == [[False, False], [True, False], [False, False], [False, True]]
+    assert rollout.truncated_TB.tolist() == [[False, False], [False, True], [False, False], [False, False]]
+    following = rollout.next_values_TB
+    # (1, 1) is what the critic says of task 1 when its time was up, not of task 3; (3, 0) what it says where the rollout ends.
+    assert [float(following[t, b]) for t, b in ((0, 0), (0, 1), (1, 1), (2, 0), (2, 1), (3, 0))] == [2, 12, 14, 22, 32, 24]
+    assert policy.asked == 2  # nothing else needs the critic
+    assert rollout.valid_TB.all() and rollout.decisions == 8
+    assert rollout.env_steps == 14
+    episodes = rollout.episodes
+    assert episodes.task_ids_M.tolist() == [0, 1, 3]
+    assert episodes.returns_M.tolist() == [6, 5, 6]
+    assert episodes.lengths_M.tolist() == [3, 4, 3]
+    assert episodes.success_M.tolist() == [1, 0, 1]
+    assert episodes.metrics["clock"].tolist() == [3, 4, 3]
+    assert torch.equal(rollout.trace["state"], -rollout.log_probs_TBK)
+    assert rollout.mask_TBK[:, :, 1].tolist() == [[False, False], [True, True], [False, False], [True, True]]
+    # The last decision restarts nothing, and the next rollout begins with tasks that nobody has played.
+    assert [where for _, where in environment.resets] == [[True, True], [True, True]]
+    again = collector.collect(policy, torch.Generator(), policy.value)
+    assert again.task_ids_TB[0].tolist() == [4, 5]
+
+
+def test_without_a_critic_nothing_is_bootstrapped() -> None:
+    policy = ScriptedPolicy()
+    rollout, _ = collect(ScriptedEnvironment(SCRIPTS, 2), policy, decisions=4, value=False)
+    assert policy.asked == 0
+    assert float(rollout.next_values_TB[1, 1]) == 0 and float(rollout.next_values_TB[3, 0]) == 0
+
+
+def test_whole_episodes_worked_by_hand() -> None:
+    environment = ScriptedEnvironment([SCRIPTS[2], SCRIPTS[0]], 4)
+    rollout, collector = collect(
+        environment, ScriptedPolicy([0.0, 1.0, 0.0, 1.0]), decisions=9, group_size=2, auto_reset=False, value=False
+    )
+    assert rollout.task_ids_TB.tolist() == [[0, 0, 1, 1]] * 3  # stops when all are done, and a group is one task
+    assert rollout.valid_TB.tolist() == [[True] * 4, [True] * 4, [True, True, False, False]]
+    assert rollout.rewards_TB.tolist() == [[4, 6, 3, 5], [4, 6, 3, 4], [4, 6, 0, 0]]  # no trap
+    episodes = rollout.episodes
+    # Slots 2 and 3 ended first; the record is in the order of the slots all the same.
+    assert episodes.task_ids_M.tolist() == [0, 0, 1, 1]
+    assert episodes.returns_M.tolist() == [12, 18, 6, 9]
+    assert episodes.lengths_M.tolist() == [6, 6, 3, 3]
+    assert episodes.metrics["clock"].tolist() == [6, 6, 3, 3]
+    assert rollout.decisions == 10 and rollout.env_steps == 18
+    assert len(environment.resets) == 1
+    again = collector.collect(ScriptedPolicy(), torch.Generator())
+    assert again.task_ids_TB[0].tolist() == [2, 2, 3, 3]
+
+
+def test_an_episode_that_is_not_finished_is_recorded_as_it_stands() -> None:
+    environment = ScriptedEnvironment([SCRIPTS[2], SCRIPTS[0]], 2)
+    rollout, _ = collect(environment, ScriptedPolicy(), decisions=2, auto_reset=False)
+    assert rollout.episodes.task_ids_M.tolist() == [0, 1]
+    assert rollout.episodes.returns_M.tolist() == [8, 6]
+    assert rollout.episodes.lengths_M.tolist() == [4, 3]
+    assert rollout.episodes.success_M.tolist() == [0, 1]
+    assert float(rollout.next_values_TB[1, 0]) == value_of(0, 4)  # cut, so bootstrapped
+
+
+def test_no_finished_episode_is_an_empty_record() -> None:
+    rollout, _ = collect(ScriptedEnvironment([SCRIPTS[2]], 2), ScriptedPolicy(), decisions=1)
+    assert len(rollout.episodes.task_ids_M) == 0
+    assert rollout.episodes.metrics.keys() == {"clock"}
+    assert episode_metrics(rollout.episodes) == {"rollout/episodes": 0.0}
+
+
+def test_means_over_episodes() -> None:
+    rollout, _ = collect(ScriptedEnvironment(SCRIPTS, 2), ScriptedPolicy(), decisions=4)
+    expected = {"episodes": 3, "success": 2 / 3, "return": 17 / 3, "length": 10 / 3, "clock": 10 / 3}
+    assert episode_metrics(rollout.episodes) == pytest.approx({f"rollout/{name}": value for name, value in expected.items()})
+
+
+@pytest.mark.parametrize(("group_size", "auto_reset"), [(2, True), (3, False)])
+def test_groups_that_cannot_be_are_refused(group_size: int, auto_reset: bool) -> None:
+    with pytest.raises(ValueError, match="group"):
+        Collector(ScriptedEnvironment(SCRIPTS, 4), decisions=2, group_size=group_size, auto_reset=auto_reset)
+
+
+def naive_advantages(environment: ScriptedEnvironment, gamma: float, lam: float) -> dict[tuple[int, int, int], float]:
+    """(slot, task, step before) -> advantage, from the environment's transcript: episode by episode, by the definition."""
+    episodes: dict[tuple[int, int], list[Moment]] = {}
+    for moments in environment.transcript:
+        for moment in moments:
+            if moment.after > moment.before:
+                episodes.setdefault((moment.slot, moment.task), []).append(moment)
+    found = {}
+    for episode in episodes.values():
+        for start, first in enumerate(episode):
+            total = 0.0
+            for ahead, moment in enumerate(episode[start:]):
+                following = 0.0 if moment.terminated else value_of(moment.task, moment.after)
+                error = moment.reward + gamma * following - value_of(moment.task, moment.before)
+                total += (gamma * lam) ** ahead * error
+            found[first.slot, first.task, first.before] = total
+    return found
+
+
+@pytest.mark.parametrize("auto_reset", [True, False])
+def test_advantages_over_a_rollout_equal_those_of_its_episodes(auto_reset: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 9, (23,), generator=generator).tolist()
+    scripts = [(torch.randn(n, generator=generator).tolist(), n % 2 == 0) for n in lengths]
+    environment = ScriptedEnvironment(scripts, 5)
+    rollout, _ = collect(environment, ScriptedPolicy([0.1, -0.2, 0.3, 0.0, 1.0]), decisions=7, auto_reset=auto_reset)
+    advantages_TB, _ = gae(
+        rollout.rewards_TB,
+        rollout.values_TB,
+        rollout.next_values_TB,
+        rollout.terminated_TB,
+        rollout.truncated_TB,
+        gamma=0.9,
+        lam=0.7,
+    )
+    naive, seen = naive_advantages(environment, 0.9, 0.7), set()
+    for t, b in rollout.valid_TB.nonzero().tolist():
+        task, before = (int(x) for x in rollout.trace["state"][t, b])
+        seen.add((b, task, before))
+        assert float(advantages_TB[t, b]) == pytest.approx(naive[b, task, before], rel=1e-9, abs=1e-9)
+    assert seen == naive.keys()  # every decision that did anything, once
