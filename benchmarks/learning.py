@@ -1,9 +1,9 @@
 """Does it learn? PPO and GRPO with Flow-SDE and Flow-Noise, per task family, over seeds: success before and after RL.
 
-    python benchmarks/learning.py [--families reach push] [--algorithms ppo_flow_sde grpo_flow_noise] [--seeds 0 1 2] [key=value ...]
+    python benchmarks/learning.py [--families reach push] [--algorithms ppo_flow_sde] [--seeds 0 1 2] [key=value ...]
 
-Every run is ``mmrl train`` of a config in configs/tabletop/ in a process of its own, so the table can be had by hand too. Finished
-runs are kept under --output and not repeated. Further arguments are overrides for all runs.
+Every run is ``mmrl train`` of a config in configs/tabletop/ in a process of its own, so the table can be had by hand too.
+Finished runs are kept under --output and not repeated. Further arguments are overrides for all runs.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ class OptimizerConfig:
 
     lr: float = 3e-4
     """Peak learning rate of every group that names none of its own."""
-    groups: dict[str, GroupConfig] = field(default_factory=dict)
-    """Per parameter group (actor, critic, noise_head, ...: the policy names them) what differs from the other fields."""
+    groups: dict[str, GroupConfig | None] = field(default_factory=dict)
+    """Per parameter group (actor, critic, noise_head, ...: the policy names them) what differs from the other fields; null: nothing."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of AdamW's first and second moment."""
     eps: float = 1e-8
@@ -308,7 +308,7 @@ def _groups_text(named: Mapping[str, nn.Parameter]) -> str:
 def _check_groups(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
     if not groups:
         raise ConfigError("the policy trains no parameters; set its train option to one that does")
-    unknown = [name for name in config.groups if name not in groups]
+    unknown = [name for name, own in config.groups.items() if own is not None and name not in groups]
     if unknown:
         raise ConfigError(
             f"optimizer.groups.{unknown[0]} configures a group the policy does not train; it trains: {', '.join(groups)}"
@@ -324,7 +324,7 @@ def _check_groups(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Para
 def _adamw(config: OptimizerConfig, groups: Mapping[str, list[nn.Parameter]]) -> torch.optim.AdamW:
     described = []
     for name, parameters in groups.items():
-        own = config.groups.get(name, GroupConfig())
+        own = config.groups.get(name) or GroupConfig()
         lr = config.lr if own.lr is None else own.lr
         weight_decay = config.weight_decay if own.weight_decay is None else own.weight_decay
         described.append({"name": name, "params": parameters, "lr": lr, "weight_decay": weight_decay})

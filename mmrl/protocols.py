@@ -193,7 +193,7 @@ class LossContext:
 
 @dataclass(frozen=True)
 class Advantages:
-    """What an algorithm made of a rollout: keep_TB is valid_TB less what it filters out; returns_TB is what a critic regresses."""
+    """What an algorithm made of a rollout: keep_TB is valid_TB less what it filters out; a critic regresses returns_TB."""
 
     advantages_TB: Tensor
     returns_TB: Tensor

@@ -127,7 +127,8 @@ class Step:
     """What followed a chunk of C actions in B environments.
 
     observation: after the chunk, before any reset (so it is the final observation of an environment that is done).
-    rewards_BC and valid_BC: per executed action; an environment that ends inside the chunk ignores the rest (valid False, reward 0).
+    rewards_BC and valid_BC: per executed action; an environment that ends inside the chunk ignores the rest (valid False,
+    reward 0).
     terminated_B: the task ended by itself (success or failure). truncated_B: the time limit ended it; never both.
     metrics: name -> float tensor [B]; ``success`` (0 or 1, at this moment) is always there.
     """
@@ -212,14 +213,22 @@ class EpisodeRecord:
             _expect("EpisodeRecord", f"metrics[{name!r}]", value, m)
 
     def select(self, index_M: Tensor) -> EpisodeRecord:
-        rows = (self.task_ids_M, self.returns_M, self.success_M, self.lengths_M)
-        return EpisodeRecord(*(row[index_M] for row in rows), {name: value[index_M] for name, value in self.metrics.items()})
+        return EpisodeRecord(
+            self.task_ids_M[index_M],
+            self.returns_M[index_M],
+            self.success_M[index_M],
+            self.lengths_M[index_M],
+            {name: value[index_M] for name, value in self.metrics.items()},
+        )
 
     @staticmethod
     def concat(parts: Sequence[EpisodeRecord]) -> EpisodeRecord:
         return EpisodeRecord(
-            *(torch.cat([getattr(p, name) for p in parts]) for name in ("task_ids_M", "returns_M", "success_M", "lengths_M")),
-            {name: torch.cat([p.metrics[name] for p in parts]) for name in parts[0].metrics},
+            torch.cat([part.task_ids_M for part in parts]),
+            torch.cat([part.returns_M for part in parts]),
+            torch.cat([part.success_M for part in parts]),
+            torch.cat([part.lengths_M for part in parts]),
+            {name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics},
         )
 
 
@@ -227,7 +236,8 @@ class EpisodeRecord:
 class Batch:
     """N decisions ready for a loss: what to score again, the rollout's numbers, and what they were worth.
 
-    Each row is one decision, so a loss gives a decision's advantage to its units by ``advantages_N[:, None]``. old_values_N and returns_N are zero where the policy has no critic.
+    Each row is one decision, so a loss gives a decision's advantage to its units by ``advantages_N[:, None]``. old_values_N and
+    returns_N are zero where the policy has no critic.
     """
 
     trace: Mapping[str, Tensor]
