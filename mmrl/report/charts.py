@@ -20,7 +20,7 @@ class Panel:
     """A chart: the metrics whose name (prefix and all) matches ``pattern``, and one sentence on how to read it.
 
     unit: shown at the axis; "%" multiplies by 100. low, high: fixed ends of the axis, None where the data decides.
-    group: the section it stands in. noisy: whether the curve is smoothed.
+    group: the section it stands in. noisy: whether the curve is smoothed. log: whether a logarithmic axis may serve it better.
     """
 
     key: str
@@ -32,6 +32,7 @@ class Panel:
     high: float | None = None
     group: str = "optimisation"
     noisy: bool = True
+    log: bool = False
 
 
 # A metric goes to the first panel that matches. Names are the last part of "prefix/name", whatever wrote the prefix.
@@ -60,13 +61,18 @@ PANELS = (
         r"(^|/)policy_loss$|loss/policy$",
     ),
     Panel(
-        "value_loss", "Value loss", "How far the critic is from the returns.", r"(^|/)(value|critic)_loss$|loss/(value|critic)$"
+        "value_loss",
+        "Value loss",
+        "How far the critic is from the returns.",
+        r"(^|/)(value|critic)_loss$|loss/(value|critic)$",
+        log=True,
     ),
     Panel(
         "loss",
         "Loss",
         "The whole objective, and the supervised one where a stage imitates.",
         r"(^|/)(\w+_)?loss$|loss/(flow|total|supervised)\w*$",
+        log=True,
     ),
     Panel(
         "kl",
@@ -74,6 +80,7 @@ PANELS = (
         "From the policy that collected, and from the reference where there is one.",
         r"(^|/)(approx_)?kl(_\w+)?$",
         "nats",
+        log=True,
     ),
     Panel("clip", "Clip fraction", "Share of units whose ratio the loss cut off.", r"(^|/)(value_|dual_)?clip_fraction$", "%", 0),
     Panel("ratio", "Probability ratio", "Smallest and largest, new policy to old; near 1 is on-policy.", r"(^|/)ratio(_\w+)?$"),
@@ -84,19 +91,19 @@ PANELS = (
         "Of the returns by the critic: 1 is perfect, 0 no better than their mean.",
         r"(^|/)explained_variance$",
     ),
-    Panel("grad", "Gradient norm", "Before clipping.", r"(^|/)grad(ient)?_norm"),
+    Panel("grad", "Gradient norm", "Before clipping.", r"(^|/)grad(ient)?_norm", log=True),
     Panel(
         "mismatch",
         "Log-probability mismatch",
         "Rollout against recomputation; at unchanged weights it should be zero.",
         r"mismatch",
         "nats",
+        log=True,
     ),
     Panel("lr", "Learning rate", "Of each parameter group.", r"(^|/)(lr|learning_rate)(/|_|$)", low=0, noisy=False),
     Panel("speed", "Environment steps", "Collected per second.", r"(^|/)env_steps_per_s$", "steps/s", 0, group="speed"),
     Panel("decisions", "Decisions", "Made per second.", r"(^|/)decisions_per_s$", "decisions/s", 0, group="speed"),
 )
-_OTHER = Panel("other", "", "", "", group="other")
 _TIMES = re.compile(r"^seconds/")  # shown as the wall-clock split
 
 
@@ -113,7 +120,7 @@ def chart_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             panel = _panel(name)
             curve = [_finite(row.get(name)) for row in binned]
             smoothed = smooth(curve, [row["stage"] for row in binned]) if panel.noisy else curve
-            panels.setdefault(panel.key, _empty(panel))["series"].append(_series(name, curve, smoothed))
+            _add(panels.setdefault(panel.key, _empty(panel))["series"], _series(name, curve, smoothed))
     points = [
         _point(row, rate) | {"stage": stages.index(row["stage"])}
         for row in rows
@@ -151,8 +158,17 @@ def _panel(name: str) -> Panel:
 
 
 def _empty(panel: Panel) -> dict[str, Any]:
-    shown = ("key", "title", "note", "unit", "low", "high", "group")
+    shown = ("key", "title", "note", "unit", "low", "high", "group", "log")
     return {**{name: getattr(panel, name) for name in shown}, "series": [], "points": []}
+
+
+def _add(series: list[dict[str, Any]], new: dict[str, Any]) -> None:
+    """One line for curves that are the same, under both names: of two lines on top of one another only one is seen."""
+    for old in series:
+        if old["raw"] == new["raw"]:
+            old["name"] += f" = {new['name']}"
+            return
+    series.append(new)
 
 
 def _series(name: str, curve: Curve, smoothed: Curve) -> dict[str, Any]:

@@ -31,6 +31,15 @@
     for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(k * step);
     return found;
   };
+  /** 1, 2 and 5 times the powers of ten; the powers alone where that would be too many. */
+  const logTicks = (low, high, count) => {
+    const found = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
+      for (const m of [1, 2, 5]) found.push({ m, value: m * 10 ** power });
+    const within = found.filter(({ value }) => value >= low && value <= high);
+    const powers = within.filter(({ m }) => m === 1);
+    return (within.length > count + 1 && powers.length > 1 ? powers : within).map(({ value }) => value);
+  };
   const written = (value, unit) => {
     if (unit === "%") return `${+(100 * value).toFixed(1)} %`;
     const size = Math.abs(value);
@@ -51,10 +60,12 @@
     let [x0, x1] = extent(xs), [y0, y1] = extent(ys);
     if (panel.key === "success" && axis === "minutes") x0 = 0;
     if (x0 === x1) [x0, x1] = [x0 - 0.5, x1 + 0.5];
+    // a quantity that falls by orders of magnitude is only legible on a logarithmic axis
+    if (panel.log && y0 > 0 && y1 / y0 > 30) return { x0, x1, y0: y0 / 1.2, y1: y1 * 1.2, scale: Math.log10, ticks: logTicks };
     const margin = y1 > y0 ? 0.08 * (y1 - y0) : Math.abs(y1) * 0.1 || 1;
     y0 = panel.low ?? y0 - margin;
     y1 = panel.high ?? Math.max(y1 + margin, y0 + margin);
-    return { x0, x1, y0, y1 };
+    return { x0, x1, y0, y1, scale: (value) => value, ticks };
   };
 
   /** Path through the values that are there, anew in every stage; a lone value becomes a dot. */
@@ -84,7 +95,7 @@
 
   const drawAxes = (root, panel, frame) => {
     const { left, right, top, bottom, x, y, ends } = frame;
-    for (const value of ticks(ends.y0, ends.y1, (bottom - top) / PER_Y_TICK)) {
+    for (const value of ends.ticks(ends.y0, ends.y1, (bottom - top) / PER_Y_TICK)) {
       root.append(svg("line", { class: "gridline", x1: left, x2: right, y1: y(value), y2: y(value) }));
       root.append(svg("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, written(value, panel.unit).replace(" %", "")));
     }
@@ -117,10 +128,11 @@
     const panel = panels.get(plot.dataset.panel), width = plot.clientWidth, height = plot.clientHeight;
     if (width === 0) return; // within a closed <details>; the observer calls again when it opens
     const ends = domain(panel);
-    const labels = ticks(ends.y0, ends.y1, (height - 48) / PER_Y_TICK).map((v) => written(v, panel.unit).replace(" %", "").length);
+    const labels = ends.ticks(ends.y0, ends.y1, (height - 48) / PER_Y_TICK).map((v) => written(v, panel.unit).replace(" %", "").length);
     const frame = { left: 14 + 6.6 * Math.max(1, ...labels), right: width - 10, top: 22, bottom: height - 26, ends };
     frame.x = (value) => frame.left + ((value - ends.x0) / (ends.x1 - ends.x0)) * (frame.right - frame.left);
-    frame.y = (value) => frame.bottom - ((value - ends.y0) / (ends.y1 - ends.y0)) * (frame.bottom - frame.top);
+    const [y0, y1] = [ends.scale(ends.y0), ends.scale(ends.y1)];
+    frame.y = (value) => frame.bottom - ((ends.scale(value) - y0) / (y1 - y0)) * (frame.bottom - frame.top);
     const root = svg("svg", { width, height, "aria-hidden": "true" });
     drawAxes(root, panel, frame);
     drawStages(root, frame);

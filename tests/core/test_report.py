@@ -48,7 +48,7 @@ def make_run(run_dir: Path, *, improve: int = 60, evaluate: bool = True, rollout
         ticking.train(
             "warm_start",
             i,
-            {"loss/flow_matching": loss, "optimizer/lr_actor": 1e-3 * (1 - i / 40), "grad_norm": loss * 2},
+            {"loss/flow_matching": loss, "loss/loss": loss, "optimizer/lr_actor": 1e-3 * (1 - i / 40), "grad_norm": loss * 2},
             update=2.0,
         )
     if evaluate:
@@ -242,7 +242,7 @@ def test_every_metric_lands_on_a_chart_and_known_ones_on_theirs(run_dir):
         "reward": ["rollout/return"],
         "policy_loss": ["loss/policy_loss"],
         "value_loss": ["loss/value_loss"],
-        "loss": ["loss/flow_matching"],
+        "loss": ["loss/flow_matching = loss/loss"],
         "kl": ["loss/approx_kl"],
         "clip": ["loss/clip_fraction"],
         "ratio": ["loss/ratio_max", "loss/ratio_min"],
