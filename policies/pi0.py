@@ -8,6 +8,7 @@ Departures from pi_RL, each the safer choice:
 - The stochastic step k* is drawn for each sample, not once for the batch, from the run's own generator.
 - The critic computes the same function when acting, when training and when bootstrapping; its default input is the expert's state
   token, which sees image, text and state but, by pi0's attention mask, no noisy action: its value does not depend on the noise.
+- The entropy of Flow-Noise is the mean over its steps, without the constant of the prior.
 - ``step_reduction: mean_with_prior`` is pi_RL's 1/(K+1) of prior and steps; ``sum`` is the textbook joint log-likelihood.
 """
 
@@ -22,8 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from pydantic import ConfigDict, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -32,10 +32,20 @@ from mmrl.numerics import flow
 from mmrl.numerics.losses import Loss
 from mmrl.types import Decision, Evaluation, Examples, Observation, Rollout
 from policies.pi0_parts.heads import CriticHead, NoiseHead
+from policies.pi0_parts.options import STRICT, CriticConfig, LoraOptions
 from policies.pi0_parts.prefix import Prefix, Tokenizer, encode, preprocess
-from policies.pi0_parts.weights import Statistics, load_model, load_statistics, load_tokenizer
+from policies.pi0_parts.sampling import Sampler
+from policies.pi0_parts.weights import (
+    Statistics,
+    add_adapters,
+    load_heads,
+    load_model,
+    load_statistics,
+    load_tokenizer,
+    merged,
+    save_heads,
+)
 
-_STRICT = ConfigDict(extra="forbid")
 _NOISE_LEVEL_SAMPLERS = ("flow_sde", "cps")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -47,32 +57,10 @@ _CRITIC_FEATURES: dict[str, Callable[[Prefix, Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True, config=_STRICT)
-class CriticConfig:
-    """The value head."""
-
-    inputs: tuple[Literal["prefix", "state_token", "suffix"], ...] = ("state_token",)
-    """Concatenated features: mean of the prefix, the expert's state token, mean of its action tokens at the trained steps."""
-    hidden: tuple[int, ...] = (256, 256)
-    """Widths of the hidden layers."""
-    detach: bool = True
-    """Whether the value loss stops at the head instead of reaching the expert and the prefix."""
-
-
-@dataclass(frozen=True, config=_STRICT)
-class LoraOptions:
-    """Low-rank adapters (peft) on the action expert's and the language model's linear layers."""
-
-    rank: int = 16
-    alpha: float = 16.0
-    modules: str = r".*(dit|language_model).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    """Regular expression over module names."""
-
-
 class Pi0(nn.Module):
     """See the module. Satisfies LikelihoodPolicy, ValuePolicy and SupervisedPolicy of mmrl.protocols."""
 
-    @dataclass(frozen=True, config=_STRICT)
+    @dataclass(frozen=True, config=STRICT)
     class Config:
         """Fields of a ``policies.pi0:Pi0`` block."""
 
@@ -82,19 +70,19 @@ class Pi0(nn.Module):
         """``random`` takes only architecture and tokenizer from the checkpoint."""
         sampler: Literal["ode", "flow_sde", "flow_noise", "cps"] = "flow_sde"
         """How actions are drawn while exploring; evaluation always follows the ODE."""
-        denoising_steps: int = 4
+        denoising_steps: int = Field(default=4, ge=1)
         """Steps from noise to actions (K)."""
         noise_level: float | None = None
         """Noise of flow_sde (any positive number) and cps (at most 1); required by these two, refused by the others."""
         stochastic_steps: Literal["one", "all"] = "one"
         """flow_sde and cps: one random denoising step per decision is stochastic and trained, or all; flow_noise: always all."""
         train_last_step: bool = True
-        """Whether the last denoising step may be the stochastic one (its noise goes straight into the action)."""
+        """Whether the last denoising step may be stochastic (its noise goes straight into the action); that of cps never is."""
         noise_std_range: tuple[float, float] = (0.08, 0.16)
         """flow_noise: bounds of the learned standard deviation, in normalised actions."""
-        execute: int | None = None
+        execute: int | None = Field(default=None, ge=1)
         """Actions of a chunk that are executed and scored (C); None: all."""
-        action_dim: int | None = None
+        action_dim: int | None = Field(default=None, ge=1)
         """Action dimensions that are executed and scored (A); None: those of the statistics."""
         granularity: Literal["chunk", "action", "step"] = "chunk"
         """Units of the log-probability: the whole chunk, each executed action, or each denoising step."""
@@ -107,12 +95,12 @@ class Pi0(nn.Module):
         lora: LoraOptions = field(default_factory=LoraOptions)
         """Used with ``train: lora``."""
         cache_prefix: bool = True
-        """Keep the encoded prefix of a rollout for its update when it is frozen (``train: expert``); costs memory, saves passes."""
+        """Keep a rollout's encoded prefixes for its update where they are frozen (``train: expert``): memory for time."""
         cameras: tuple[str, ...] = ("front",)
         """The cameras the policy looks at, in order."""
-        max_text_tokens: int = 48
+        max_text_tokens: int = Field(default=48, ge=1)
         """Text is padded to this length."""
-        flow_samples: int = 1
+        flow_samples: int = Field(default=1, ge=1)
         """Noise and time draws per example in the supervised loss, all over one encoded prefix."""
         attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
         """transformers' attention implementation; eager is the fastest for tiny models on a CPU."""
@@ -134,13 +122,19 @@ class Pi0(nn.Module):
                 raise ValueError("noise_level must be at most 1 with sampler 'cps'")
             if not 0 < self.noise_std_range[0] <= self.noise_std_range[1]:
                 raise ValueError("noise_std_range must be two positive numbers, low and high")
-            if self.denoising_steps < 1 or (not self.train_last_step and self.denoising_steps < 2):
-                raise ValueError("denoising_steps must be at least 1 (2 where train_last_step is false)")
-            if self.flow_samples < 1:
-                raise ValueError("flow_samples must be at least 1")
+            if not self.noisy_last_step and self.denoising_steps < 2:
+                why = "train_last_step is false" if self.sampler != "cps" else "the last step of sampler 'cps' has no noise"
+                raise ValueError(f"denoising_steps must be at least 2, because {why}")
+            if self.granularity == "step" and self.step_reduction != "sum":
+                raise ValueError("step_reduction is not used with granularity 'step', where each step is a unit; remove it")
             if not self.cameras:
                 raise ValueError("cameras must name at least one camera")
             return self
+
+        @property
+        def noisy_last_step(self) -> bool:
+            """Whether the last step may be drawn at random; the noise of cps vanishes there."""
+            return self.train_last_step and self.sampler != "cps"
 
     @staticmethod
     def lacks(config: Config) -> dict[str, tuple[str, str]]:
@@ -163,18 +157,35 @@ class Pi0(nn.Module):
         arch = self.model.config
         self.horizon, self._padded_dim = arch.chunk_size, arch.max_action_dim
         self.execute = config.execute or self.horizon
-        if self.execute > self.horizon:
-            raise MMRLError(
-                f"policy.execute = {self.execute} is more than the {self.horizon} actions that {config.checkpoint} predicts"
-            )
         if self.statistics is None and config.action_dim is None:
             raise MMRLError(f"{config.checkpoint} has no statistics, so the action size is unknown: set policy.action_dim")
         self.action_dim = config.action_dim or len(self.statistics.actions_mean)  # type: ignore[union-attr]
+        self._check_sizes()
+        self._sampler = Sampler(
+            rule=config.sampler,
+            steps=config.denoising_steps,
+            noise_level=config.noise_level,
+            every_step=config.sampler == "flow_noise" or config.stochastic_steps == "all",
+            last_step=config.noisy_last_step,
+            granularity=config.granularity,
+            step_reduction=config.step_reduction,
+            execute=self.execute,
+            action_dim=self.action_dim,
+        )
         self._build_heads()
         self._choose_trainable()
         self.to(device)
 
     # -- building ------------------------------------------------------------------------------------------------------
+
+    def _check_sizes(self) -> None:
+        checkpoint, most = self.config.checkpoint, self._padded_dim
+        if self.execute > self.horizon:
+            raise MMRLError(f"policy.execute = {self.execute} is more than the {self.horizon} actions that {checkpoint} predicts")
+        if self.statistics is not None and len(self.statistics.actions_mean) < most:
+            most = len(self.statistics.actions_mean)
+        if self.action_dim > most:
+            raise MMRLError(f"policy.action_dim = {self.action_dim} is more than the {most} dimensions that {checkpoint} knows")
 
     def _build_heads(self) -> None:
         arch = self.model.config
@@ -186,17 +197,30 @@ class Pi0(nn.Module):
             self.critic = None if critic is None else CriticHead(sum(sizes[name] for name in critic.inputs), critic.hidden)
             # Always there, so that checkpoints of one policy fit every sampler; trained by flow_noise alone.
             self.noise_head = NoiseHead(width, self._padded_dim, self.config.noise_std_range)
-        double = self.config.dtype == "float64"
-        for head in (self.critic, self.noise_head):
-            if head is not None and double:
-                head.double()
+        if self.config.weights == "pretrained":
+            load_heads(self._heads(), self.config.checkpoint)
+        for _, head in self._heads().values():
+            head.to(torch.promote_types(self.model.dtype, torch.float32))
+
+    def _heads(self) -> dict[str, tuple[str, nn.Module]]:
+        """The heads in use, each with what it computes in words: a saved one is loaded where the words are the same."""
+        heads: dict[str, tuple[str, nn.Module]] = {}
+        if self.critic is not None:
+            heads["critic"] = (f"value of {self._critic_words()}", self.critic)
+        if self.config.sampler == "flow_noise":
+            low, high = self.config.noise_std_range
+            heads["noise_head"] = (f"standard deviation of {self._padded_dim} dimensions from {low} to {high}", self.noise_head)
+        return heads
+
+    def _critic_words(self) -> str:
+        assert self.config.critic is not None
+        return f"{'+'.join(self.config.critic.inputs)} through {'x'.join(map(str, self.config.critic.hidden))}"
 
     def _choose_trainable(self) -> None:
         model = self.model
         model.requires_grad_(self.config.train == "all")
         if self.config.train == "lora":
-            options = self.config.lora
-            inject_adapter_in_model(LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=options.modules), model)
+            add_adapters(model, self.config.lora, self.config.seed + 2)
         if self.config.train == "expert":
             model.model.dit.requires_grad_(True)
         for part in (model.embed_action_time, model.action_out_proj):
@@ -225,7 +249,11 @@ class Pi0(nn.Module):
     def fingerprint(self) -> str:
         arch = self.model.config
         shapes = sum(p.numel() for p in self.parameters())
-        return f"pi0 width={arch.dit_config.hidden_size} horizon={self.horizon} action_dim={self.action_dim} train={self.config.train} parameters={shapes}"
+        critic = "" if self.critic is None else f" critic={self._critic_words().replace(' ', '-')}"
+        return (
+            f"pi0 width={arch.dit_config.hidden_size} horizon={self.horizon} action_dim={self.action_dim} "
+            f"train={self.config.train} parameters={shapes}{critic}"
+        )
 
     @contextmanager
     def compute_mode(self, *, train: bool) -> Iterator[None]:
@@ -235,19 +263,14 @@ class Pi0(nn.Module):
             yield
 
     def save(self, folder: Path) -> None:
-        """A folder that ``checkpoint`` opens: transformers' format, tokenizer, statistics (adapters are merged; heads apart)."""
-        model = self.model
-        if self.config.train == "lora":
-            model = copy.deepcopy(model)
-            for module in list(model.modules()):
-                if hasattr(module, "merge") and hasattr(module, "base_layer"):
-                    module.merge()
-            _unwrap_adapters(model)
+        """A folder that ``checkpoint`` opens: transformers' format (adapters merged), tokenizer, statistics, heads in use."""
+        model = merged(self.model) if self.config.train == "lora" else self.model
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
         self._hf_tokenizer.save_pretrained(folder)
         if self.statistics is not None:
             self.statistics.dump(folder)
+        save_heads(self._heads(), folder)
 
     # -- observation to network inputs ---------------------------------------------------------------------------------
 
@@ -256,7 +279,11 @@ class Pi0(nn.Module):
 
     def fit_statistics(self, examples: Examples) -> None:
         """Take state and action statistics from demonstrations; they are saved with the policy."""
-        assert examples.observation.state is not None
+        if examples.observation.state is None:
+            raise MMRLError("pi0 needs the robot's state, but the examples have none")
+        if examples.actions_BHA.shape[2] < self.action_dim:
+            found = examples.actions_BHA.shape[2]
+            raise MMRLError(f"policy.action_dim = {self.action_dim}, but the examples' actions have {found} dimensions")
         self.statistics = Statistics.fit(examples.observation.state, examples.actions_BHA[examples.mask_BH])
 
     def get_extra_state(self) -> Tensor:
@@ -268,24 +295,23 @@ class Pi0(nn.Module):
         raw = json.loads(bytes(state.tolist()))
         self.statistics = None if raw is None else Statistics(**{name: tuple(values) for name, values in raw.items()})
 
-    def _moments(self, name: str) -> tuple[Tensor, Tensor] | None:
-        if self.statistics is None:
-            return None
-        dtype = _DTYPES[self.config.dtype] if self.config.dtype == "float64" else torch.float32
-        mean, std = (
-            torch.tensor(getattr(self.statistics, f"{name}_{m}"), device=self.device, dtype=dtype) for m in ("mean", "std")
-        )
-        return mean, std
-
     def _normalize(self, x: Tensor, name: str) -> Tensor:
-        moments = self._moments(name)
-        return x if moments is None else (x.to(moments[0].dtype) - moments[0]) / moments[1]
+        x = x.to(self.device, torch.promote_types(self.model.dtype, torch.float32))
+        if self.statistics is None:
+            return x
+        size = self.action_dim if name == "actions" else len(self.statistics.state_mean)
+        if x.shape[-1] != size:
+            raise MMRLError(f"{self.config.checkpoint} was trained with {size} numbers of {name}, but here are {x.shape[-1]}")
+        mean, std = self.statistics.moments(name, size, like=x)
+        return (x - mean) / std
 
     def _actions(self, x_BHD: Tensor) -> Tensor:
         """Denoised chunk [B, H, D] -> executed actions [B, C, A] in the environment's units."""
         chunk = x_BHD[:, : self.execute, : self.action_dim]
-        moments = self._moments("actions")
-        return chunk if moments is None else chunk * moments[1] + moments[0]
+        if self.statistics is None:
+            return chunk
+        mean, std = self.statistics.moments("actions", self.action_dim, like=chunk)
+        return chunk * std + mean
 
     def _inputs(self, observation: Observation) -> dict[str, Tensor]:
         """Everything the network reads of an observation: pixels uint8, token ids, padded normalised state."""
@@ -294,7 +320,7 @@ class Pi0(nn.Module):
             raise MMRLError(f"policy.cameras names {missing[0]!r}, but the environment shows {sorted(observation.images)}")
         if observation.state is None:
             raise MMRLError("pi0 needs the robot's state, but the environment's observation has none")
-        state = self._normalize(observation.state.to(self.device), "state")
+        state = self._normalize(observation.state, "state")
         width = self.model.config.max_state_dim
         if state.shape[1] > width:
             raise MMRLError(
@@ -314,19 +340,20 @@ class Pi0(nn.Module):
     def _expert(self, prefix: Prefix, state_BS: Tensor, x_BHD: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """One pass of the action expert over state and noisy chunk: velocity [B, H, D] and hidden states [B, 1 + H, W]."""
         dtype = self.model.dtype
-        suffix = self.model.embed_action_time(
-            state_BS.to(dtype), x_BHD.to(dtype), t_B.to(dtype if dtype == torch.float64 else torch.float32)
-        )
-        hidden = self.model.model(
-            action_embeds=suffix, attention_mask=prefix.mask, past_key_values=prefix.cache()
-        ).last_hidden_state
+        t_B = t_B.to(torch.promote_types(dtype, torch.float32))
+        suffix = self.model.embed_action_time(state_BS.to(dtype), x_BHD.to(dtype), t_B)
+        output = self.model.model(action_embeds=suffix, attention_mask=prefix.mask, past_key_values=prefix.cache())
+        hidden = output.last_hidden_state
         velocity = self.model.action_out_proj(hidden[:, -self.horizon :])
         return velocity.to(x_BHD.dtype), hidden
 
     def _value(self, prefix: Prefix, hidden: Tensor) -> Tensor:
         assert self.critic is not None and self.config.critic is not None
         features = torch.cat([_CRITIC_FEATURES[name](prefix, hidden) for name in self.config.critic.inputs], -1)
-        return self.critic((features.detach() if self.config.critic.detach else features).to(self.critic.norm.weight.dtype))
+        return self.critic(features.detach() if self.config.critic.detach else features)
+
+    def _learned_std(self, hidden: Tensor) -> Tensor | None:
+        return self.noise_head(hidden[:, -self.horizon :]) if self.config.sampler == "flow_noise" else None
 
     # -- acting ----------------------------------------------------------------------------------------------------------
 
@@ -337,38 +364,37 @@ class Pi0(nn.Module):
             return self._denoise(inputs, self._encode(inputs), generator, explore=explore)
 
     def _denoise(self, inputs: Mapping[str, Tensor], prefix: Prefix, generator: torch.Generator, *, explore: bool) -> Decision:
-        batch, steps = inputs["state"].shape[0], self.config.denoising_steps
-        chain_dtype = torch.float64 if self.config.dtype == "float64" else torch.float32
+        batch, sampler = inputs["state"].shape[0], self._sampler
+        chain_dtype = torch.promote_types(self.model.dtype, torch.float32)
         shape = (batch, self.horizon, self._padded_dim)
 
         def normal() -> Tensor:
             return torch.randn(shape, generator=generator, device=self.device, dtype=chain_dtype)
 
         explore = explore and self.config.sampler != "ode"
-        chosen_BJ = (
-            self._choose_steps(batch, generator) if explore else torch.empty(batch, 0, dtype=torch.long, device=self.device)
-        )
+        nothing = torch.empty(batch, 0, dtype=torch.long, device=self.device)
+        chosen_BJ = sampler.choose(batch, generator, self.device) if explore else nothing
         x = prior = normal()
         before = torch.zeros((*chosen_BJ.shape, *shape[1:]), device=self.device, dtype=chain_dtype)
         after = torch.zeros_like(before)
         log_density = before.new_zeros((*chosen_BJ.shape, self.execute, self.action_dim))
         values = x.new_zeros(chosen_BJ.shape)
-        for k in range(steps):
-            velocity, hidden = self._expert(prefix, inputs["state"], x, x.new_full((batch,), 1 - k / steps))
-            step = torch.full((batch,), k, device=self.device)
-            x_next = self._transition(x, velocity, step, hidden, stochastic=False)[0]
+        for k in range(sampler.steps):
+            step_B = torch.full((batch,), k, device=self.device)
+            velocity, hidden = self._expert(prefix, inputs["state"], x, sampler.times(step_B, chain_dtype)[0])
+            x_next = sampler.follow(x, velocity, step_B)
             here_BJ = chosen_BJ == k
             if bool(here_BJ.any()):
-                mean, std = self._transition(x, velocity, step, hidden, stochastic=True)
+                mean, std = sampler.transition(x, velocity, step_B, self._learned_std(hidden))
                 here_B = here_BJ.any(1)[:, None, None]
                 x_next = torch.where(here_B, mean + std * normal(), x_next)
                 rows, columns = here_BJ.nonzero(as_tuple=True)
                 before[rows, columns], after[rows, columns] = x[rows], x_next[rows]
-                log_density[rows, columns] = self._score(x_next, mean, std)[rows]
+                log_density[rows, columns] = sampler.score(x_next, mean, std)[rows]
                 if self.critic is not None:
                     values[rows, columns] = self._value(prefix, hidden)[rows].to(values.dtype)
             x = x_next
-        log_probs = self._reduce(log_density, prior)
+        log_probs = sampler.units(log_density, prior)
         trace = {"state": inputs["state"], "x_before": before, "x_after": after, "prior": prior, "step": chosen_BJ}
         kept = prefix.trace() if self._keeps_prefix else {k: v for k, v in inputs.items() if k != "state"}
         return Decision(
@@ -384,52 +410,6 @@ class Pi0(nn.Module):
     def _keeps_prefix(self) -> bool:
         return self._frozen_prefix and self.config.cache_prefix
 
-    def _choose_steps(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Which denoising steps are stochastic and trained: int64 [B, J], J = 1 or all."""
-        candidates = self.config.denoising_steps - (0 if self.config.train_last_step else 1)
-        if self.config.sampler == "flow_noise" or self.config.stochastic_steps == "all":
-            return torch.arange(candidates, device=self.device).expand(batch, -1)
-        return torch.randint(candidates, (batch, 1), generator=generator, device=self.device)
-
-    def _transition(
-        self, x: Tensor, velocity: Tensor, step_B: Tensor, hidden: Tensor, *, stochastic: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and std [B, H, D] of the denoising step ``step_B``, deterministic or by the sampler's rule."""
-        steps, sampler = self.config.denoising_steps, self.config.sampler
-        t = 1 - step_B.to(x.dtype) / steps
-        t_next = 1 - (step_B + 1).to(x.dtype) / steps
-        if not stochastic:
-            out = flow.transition(x, velocity, t, t_next, rule="ode")
-        elif sampler == "flow_noise":
-            std = self.noise_head(hidden[:, -self.horizon :].to(self.noise_head.net[0].weight.dtype)).to(x.dtype)
-            out = flow.transition(x, velocity, t, t_next, rule="flow_noise", std=std)
-        else:
-            t_star = torch.where(step_B == 0, t_next, t) if sampler == "flow_sde" else None
-            out = flow.transition(x, velocity, t, t_next, rule=sampler, noise_level=self.config.noise_level, t_star=t_star)
-        std = torch.as_tensor(out.std, device=x.device, dtype=x.dtype)
-        return out.mean, std.reshape(std.shape + (1,) * (x.dim() - std.dim())).expand_as(x)
-
-    def _score(self, x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Log density of the executed slice [B, C, A]; noise beyond the slice is drawn but not scored (as in pi_RL)."""
-        c, a = self.execute, self.action_dim
-        return flow.gaussian_log_prob(x_next[:, :c, :a], mean[:, :c, :a], std[:, :c, :a])
-
-    def _reduce(self, log_density_BJCA: Tensor, prior_BHD: Tensor) -> Tensor:
-        """Elementwise log densities to units [B, K]."""
-        if self.config.granularity == "step":
-            return log_density_BJCA.sum((2, 3))
-        per_action_BJC = log_density_BJCA.sum(3)
-        units_BJK = per_action_BJC if self.config.granularity == "action" else per_action_BJC.sum(2, keepdim=True)
-        total, count = units_BJK.sum(1), units_BJK.shape[1]
-        if self.config.step_reduction == "sum" or count == 0:
-            return total
-        if self.config.step_reduction == "mean":
-            return total / count
-        zero = torch.zeros_like(prior_BHD)
-        prior_BC = self._score(prior_BHD, zero, torch.ones_like(zero)).sum(2)
-        prior = prior_BC if self.config.granularity == "action" else prior_BC.sum(1, keepdim=True)
-        return (total + prior) / (count + 1)
-
     # -- scoring again -----------------------------------------------------------------------------------------------------
 
     def pack(self, rollout: Rollout) -> dict[str, Tensor]:
@@ -442,15 +422,14 @@ class Pi0(nn.Module):
         densities, values, entropies = [], [], []
         for j in range(step_BJ.shape[1]):
             x, step_B = trace["x_before"][:, j], step_BJ[:, j]
-            t_B = 1 - step_B.to(x.dtype) / self.config.denoising_steps
-            velocity, hidden = self._expert(prefix, trace["state"], x, t_B)
-            mean, std = self._transition(x, velocity, step_B, hidden, stochastic=True)
-            densities.append(self._score(trace["x_after"][:, j], mean, std))
+            velocity, hidden = self._expert(prefix, trace["state"], x, self._sampler.times(step_B, x.dtype)[0])
+            mean, std = self._sampler.transition(x, velocity, step_B, self._learned_std(hidden))
+            densities.append(self._sampler.score(trace["x_after"][:, j], mean, std))
             entropies.append(flow.gaussian_entropy(std[:, : self.execute, : self.action_dim]))
             if self.critic is not None:
                 values.append(self._value(prefix, hidden))
-        log_probs = self._reduce(torch.stack(densities, 1), trace["prior"])
-        # Per dimension: the mean over steps, actions and dimensions, as pi_RL reports it; constant (no gradient) but for flow_noise.
+        log_probs = self._sampler.units(torch.stack(densities, 1), trace["prior"])
+        # Per dimension: the mean over steps, actions and dimensions; constant (no gradient) but for flow_noise.
         entropy = torch.stack(entropies, 1).mean((1, 2, 3)).unsqueeze(1).expand_as(log_probs)
         return Evaluation(log_probs, entropy, torch.stack(values, 1).mean(1) if values else None)
 
@@ -488,7 +467,7 @@ class Pi0(nn.Module):
         prefix, times = self._encode(inputs), self.config.flow_samples
         if times > 1:
             prefix = prefix.repeat(times)
-        actions = self._normalize(examples.actions_BHA[:, : self.horizon, : self.action_dim].to(self.device), "actions")
+        actions = self._normalize(examples.actions_BHA[:, : self.horizon, : self.action_dim], "actions")
         actions = nn.functional.pad(actions, (0, self._padded_dim - self.action_dim)).repeat_interleave(times, 0)
         noise = torch.randn(actions.shape, generator=generator, device=self.device, dtype=actions.dtype)
         t_B = self._flow_times(actions.shape[0], generator, actions.dtype)
@@ -501,10 +480,8 @@ class Pi0(nn.Module):
 
     def _flow_times(self, batch: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         arch = self.model.config
-        if arch.time_sampling_beta_beta != 1.0:
-            raise MMRLError(
-                f"{self.config.checkpoint}: config.json has time_sampling_beta_beta = {arch.time_sampling_beta_beta}, only 1.0 is supported"
-            )
+        if (beta := arch.time_sampling_beta_beta) != 1.0:
+            raise MMRLError(f"{self.config.checkpoint}: config.json has time_sampling_beta_beta = {beta}, only 1.0 is supported")
         # Beta(alpha, 1) has the distribution function t^alpha, so it is drawn exactly, and from our generator, by inversion.
         uniform = torch.rand(batch, generator=generator, device=self.device, dtype=dtype)
         return uniform.pow(1 / arch.time_sampling_beta_alpha) * arch.time_sampling_scale + arch.time_sampling_offset
@@ -517,14 +494,6 @@ class Pi0(nn.Module):
             for camera in self.config.cameras
         }
         width = len(self.statistics.state_mean) if self.statistics else self.model.config.max_state_dim
-        words = [word for word in self._hf_tokenizer.get_vocab() if word.isalpha()][:8] or ["move"]
+        words = sorted(word for word in self._hf_tokenizer.get_vocab() if word.isalpha())[:8] or ["move"]
         sentences = tuple(" ".join(words[: 1 + i % len(words)]) for i in range(batch_size))
         return Observation(images, torch.rand(batch_size, width, generator=generator), sentences)
-
-
-def _unwrap_adapters(model: nn.Module) -> None:
-    """Replace every (merged) adapter layer by its base layer, so that the saved names are transformers' own."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if hasattr(child, "base_layer") and hasattr(child, "merge"):
-                setattr(parent, name, child.base_layer)

@@ -6,6 +6,7 @@ digits, and a standard deviation goes into every log-probability.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 def mlp(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
     """Linear layers of the given widths with an activation between them (none after the last)."""
     layers: list[nn.Module] = []
-    for i, (width_in, width_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (width_in, width_out) in enumerate(itertools.pairwise(sizes)):
         layers.append(nn.Linear(width_in, width_out))
         if i < len(sizes) - 2:
             layers.append(activation())

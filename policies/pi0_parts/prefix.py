@@ -61,16 +61,15 @@ class Tokenizer:
             text = f"{self._tokenizer.bos_token or ''}{sentence}\n"
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(ids) > self._max_tokens:
-                raise MMRLError(
-                    f"instruction {sentence!r} has {len(ids)} tokens, more than policy.max_text_tokens = {self._max_tokens}: raise it"
-                )
+                most = f"policy.max_text_tokens = {self._max_tokens}"
+                raise MMRLError(f"instruction {sentence!r} has {len(ids)} tokens, more than {most}: raise it")
             ids = ids + [-1] * (self._max_tokens - len(ids))
             self._seen[sentence] = ids
         return ids
 
 
 def preprocess(image_BHWC: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """uint8 [B, h, w, 3] -> [B, 3, size, size] in [-1, 1]; resized keeping the aspect ratio, padded with black, as openpi does."""
+    """uint8 [B, h, w, 3] -> [B, 3, size, size] in [-1, 1]; resized keeping its aspect, padded with black, as openpi does."""
     pixels = image_BHWC.permute(0, 3, 1, 2).to(torch.promote_types(dtype, torch.float32)) / 127.5 - 1.0
     height, width = pixels.shape[-2:]
     if (height, width) == (size, size):
@@ -85,7 +84,7 @@ def preprocess(image_BHWC: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 def encode(model: PI0ForConditionalGeneration, pixels_BN3HW: Tensor, ids_BT: Tensor) -> Prefix:
     """One pass of the vision-language model over N cameras and the text.
 
-    Equals ``PI0Model.embed_prefix`` and its vlm call when every camera is there (held by a test), without its loop over the batch.
+    Equals ``PI0Model.embed_prefix`` and its vlm call when every camera is there (held by a test), but loops over no batch.
     """
     vlm = model.model.vlm
     batch = ids_BT.shape[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PI0ForConditionalGeneration,
 from transformers.utils import cached_file
 
 from mmrl.errors import MMRLError
+from policies.pi0_parts.options import LoraOptions
 
 STATISTICS_FILE = "statistics.json"
 # Where transformers' PI0Processor keeps its statistics, and what they are called there.
@@ -82,7 +84,7 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str, seed: int) -> PI0ForConditionalGeneration:
-    """``pretrained``: transformers' own loader, safetensors only. ``random``: the architecture of config.json, initialised afresh."""
+    """``pretrained``: transformers' own loader, safetensors only. ``random``: config.json's architecture, initialised afresh."""
     try:
         if weights == "pretrained":
             return PI0ForConditionalGeneration.from_pretrained(
@@ -109,6 +111,17 @@ def fan_in_init(model: nn.Module) -> None:
             nn.init.normal_(module.weight, std=1 / math.sqrt(fan_in))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def add_adapters(model: PI0ForConditionalGeneration, options: LoraOptions, seed: int) -> None:
+    """Put trainable low-rank adapters beside the layers that ``options`` name, initialised from ``seed``; freeze all the rest."""
+    config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=options.modules)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, model)
+        except ValueError as error:
+            raise MMRLError(f"policy.lora.modules = {options.modules!r} fits no layer ({_first_line(error)})") from error
 
 
 def merged(model: PI0ForConditionalGeneration) -> PI0ForConditionalGeneration:
