@@ -37,7 +37,7 @@ class Tabletop:
     workspace units) and progress (0 at the start, about 1 when solved).
     """
 
-    @dataclass(config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+    @dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
     class Config:
         families: tuple[str, ...] = FAMILIES
         """The task families in the mixture, uniformly; of reach, push, pick_place, sort."""
