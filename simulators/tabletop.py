@@ -39,6 +39,8 @@ class Tabletop:
 
     @dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
     class Config:
+        """Fields of a ``simulators.tabletop:Tabletop`` block."""
+
         families: tuple[str, ...] = FAMILIES
         """The task families in the mixture, uniformly; of reach, push, pick_place, sort."""
         seed: int = 0

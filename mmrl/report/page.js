@@ -60,8 +60,8 @@
     let [x0, x1] = extent(xs), [y0, y1] = extent(ys);
     if (panel.key === "success" && axis === "minutes") x0 = 0;
     if (x0 === x1) [x0, x1] = [x0 - 0.5, x1 + 0.5];
-    // a quantity that falls by orders of magnitude is only legible on a logarithmic axis
-    if (panel.log && y0 > 0 && y1 / y0 > 30) return { x0, x1, y0: y0 / 1.2, y1: y1 * 1.2, scale: Math.log10, ticks: logTicks };
+    // a quantity that moves over an order of magnitude is only legible on a logarithmic axis
+    if (panel.log && y0 > 0 && y1 / y0 > 10) return { x0, x1, y0: y0 / 1.2, y1: y1 * 1.2, scale: Math.log10, ticks: logTicks };
     const margin = y1 > y0 ? 0.08 * (y1 - y0) : Math.abs(y1) * 0.1 || 1;
     y0 = panel.low ?? y0 - margin;
     y1 = panel.high ?? Math.max(y1 + margin, y0 + margin);

@@ -156,11 +156,15 @@ def _milestones(rows: Sequence[Mapping[str, Any]]) -> list[Milestone]:
 
 
 def _headline(milestones: Sequence[Milestone]) -> tuple[int | None, int | None]:
-    """(before, after): the last evaluation after a stage, preceded by that of the weights the stage began with."""
+    """(before, after): the last evaluation after a stage, and the latest one before it that measured the same families.
+
+    Rates over other families say nothing about what training changed, so without such an evaluation there is no comparison.
+    """
     after = max((i for i, m in enumerate(milestones) if m.label == "after"), default=None)
     if after is None:
         return (len(milestones) - 1, None) if milestones else (None, None)
-    return (after - 1 if after > 0 else None), after
+    same = [i for i, m in enumerate(milestones[:after]) if m.families.keys() == milestones[after].families.keys()]
+    return (same[-1] if same else None), after
 
 
 def _line(family: str, rates: list[Rate | None], before: int | None, after: int | None) -> Line:

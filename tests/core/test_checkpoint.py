@@ -378,6 +378,8 @@ KILLS = """
         sections, meta = checkpoint.load(path)
         number = meta["iteration"]
         assert warning is None, warning
+        for visible in folder.glob("0*"):
+            checkpoint.verify(visible)  # the older ones are whole too: none is seen half removed
         assert int(path.name) == number >= at_least, (path, at_least)
         assert all((t["w"] == number).all() and t["v"] == number for t in sections.values())
         return number

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from PIL.WebPImagePlugin import WebPImageFile
 
 from mmrl import report
 from mmrl.errors import MMRLError
@@ -22,7 +20,7 @@ from mmrl.report.charts import chart_data, smooth
 from mmrl.report.run import load
 from mmrl.report.summary import summarize, time_split
 from mmrl.report.system import describe_system
-from mmrl.report.video import FAILURE, SUCCESS, write_animation
+from mmrl.report.video import write_animation
 
 FAMILIES = ("reach", "push to a zone", "pick and place", "sort")
 CONFIG = """\
@@ -153,12 +151,6 @@ def data_of(page: str) -> str:
     return found[1]
 
 
-def rgb(image: Image.Image, x: int, y: int) -> tuple[int, int, int]:
-    """A pixel."""
-    red, green, blue = image.convert("RGB").crop((x, y, x + 1, y + 1)).tobytes()
-    return red, green, blue
-
-
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs") / "synthetic")
@@ -208,6 +200,18 @@ def test_an_evaluation_that_repeats_the_one_before_it_is_shown_once(tmp_path):
     for stage, label, rate in (("a", "before", 0.1), ("a", "after", 0.4), ("b", "before", 0.4), ("b", "after", 0.4)):
         ticking.evaluate(stage, 0, label, rate)
     assert [m.title for m in summarize(load(tmp_path)).milestones] == ["before a", "after a", "after b"]
+
+
+def test_rates_over_different_families_are_not_compared(tmp_path):
+    ticking = Ticking(tmp_path)
+    for stage, families in (("a", "xy"), ("b", "x"), ("c", "xy")):
+        result = {name: {"success": len(families) / 4, "episodes": 8} for name in families}
+        ticking.writer.evaluation(stage, 0, "after", {"success": 0.5, "episodes": 8, "families": result})
+        summary = summarize(load(tmp_path))
+        assert (summary.before, summary.after) == {"a": (None, 0), "b": (None, 1), "c": (0, 2)}[stage]
+        if stage == "b":
+            text = text_of(report.build(tmp_path).read_text())
+            assert "No earlier evaluation covers the same families" in text and "percentage points" not in text
 
 
 def test_time_goes_to_the_stage_and_phase_that_took_it():
@@ -411,43 +415,6 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path):
     with pytest.raises(MMRLError, match=r"cannot write .*report\.html"):
         report.build(tmp_path)
     assert (tmp_path / "report.html").read_text() == "old"
-
-
-# ---------------------------------------------------------------- video, system
-
-
-@pytest.mark.parametrize(("success", "colour"), [(True, SUCCESS), (False, FAILURE), (None, None)])
-def test_animation_plays_the_frames_and_ends_with_the_outcome(tmp_path, success, colour):
-    frames = torch.zeros(5, 64, 80, 3, dtype=torch.uint8)
-    for t in range(5):
-        frames[t, 20:40, 10 * t : 10 * t + 20] = 255
-    write_animation(tmp_path / "a.webp", frames, 8, success)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.webp"]
-    with WebPImageFile(tmp_path / "a.webp") as image:
-        assert (image.n_frames, image.size, image.info["loop"]) == (5, (80, 64), 0)
-        for t in range(5):
-            image.seek(t)
-            image.load()
-            assert image.info["duration"] == (1200 if t == 4 else 125)
-            assert rgb(image, 10 * t + 10, 30)[0] > 220 and rgb(image, 79 if t < 4 else 40, 50)[0] < 30
-            corner = rgb(image, 0, 0)
-            expected = colour if t == 4 and colour else (0, 0, 0)
-            assert max(abs(a - b) for a, b in zip(corner, expected, strict=True)) < 40
-    assert frames[4, 0, 0].tolist() == [0, 0, 0]  # the caller's frames stay as they were
-
-
-def test_animation_refuses_what_is_no_video(tmp_path):
-    with pytest.raises(ValueError, match="uint8 frames"):
-        write_animation(tmp_path / "a.webp", torch.zeros(2, 3, 8, 8), 8)
-    with pytest.raises(MMRLError, match=r"cannot write .*a\.webp"):
-        write_animation(tmp_path / "missing" / "a.webp", torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 8)
-
-
-def test_system_description_is_plain_and_true():
-    system = describe_system()
-    assert json.loads(json.dumps(system)) == system
-    assert system["versions"]["torch"] == torch.__version__ or torch.__version__.startswith(system["versions"]["torch"])
-    assert system["hardware"]["cores"] >= 1 and len(system["hardware"]["gpus"]) == torch.cuda.device_count()
 
 
 # ---------------------------------------------------------------- in a browser
