@@ -139,8 +139,11 @@ def chart_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def smooth(values: Sequence[float | None], stages: Sequence[str]) -> Curve:
-    """Exponential moving average over about a tenth of the curve, unbiased at its start, anew in every stage; gaps stay gaps."""
-    keep = 1 - 1 / max(1.0, sum(value is not None for value in values) / 20)
+    """Exponential moving average, unbiased at its start, anew in every stage; gaps stay gaps.
+
+    It weighs the last 0.4 sqrt(n) or so of n values: noise shrinks as curves grow longer, while a fast start still shows as one.
+    """
+    keep = 1 - 1 / max(1.0, 0.4 * math.sqrt(sum(value is not None for value in values)))
     total = weight = 0.0
     smoothed: Curve = []
     for i, value in enumerate(values):

@@ -231,7 +231,7 @@ def test_smoothing_equals_a_naive_weighted_mean_and_starts_anew_with_a_stage():
     values[7] = None
     stages = ["a"] * 60 + ["b"] * 40
     smoothed = smooth(values, stages)
-    keep = 1 - 20 / 99
+    keep = 1 - 1 / (0.4 * math.sqrt(99))
     for i in (0, 5, 7, 8, 59, 60, 99):
         known = [value for value in values[0 if i < 60 else 60 : i + 1] if value is not None]
         weights = [keep ** (len(known) - 1 - n) for n in range(len(known))]
