@@ -1,0 +1,45 @@
+"""How good the base policy in assets/tiny_pi0 is, per task family: ``python benchmarks/base_policy.py [--episodes 512]``.
+
+Prints a Markdown table: success of the deterministic policy with 95 % Wilson intervals, on the training split and on held-out
+layouts, wordings and named objects.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from mmrl.evaluation import evaluate
+from mmrl.progress import Quiet
+from policies.pi0 import Pi0
+from simulators.tabletop import Tabletop
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = ("reach", "push", "pick_place", "sort")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--episodes", type=int, default=512)
+    parser.add_argument("--checkpoint", default=str(ROOT / "assets" / "tiny_pi0"))
+    arguments = parser.parse_args()
+    cpu = torch.device("cpu")
+    settings = Pi0.Config(arguments.checkpoint, sampler="ode", critic=None, max_text_tokens=16, attention="eager")
+    policy = Pi0(settings, device=cpu)
+    print("| family | training split | held out |\n|---|---|---|")
+    for family in FAMILIES:
+        cells = []
+        for split in ("train", "held_out"):
+            environment = Tabletop(Tabletop.Config(families=(family,), split=split), num_envs=256, device=cpu)
+            generator = torch.Generator().manual_seed(0)
+            result = evaluate(
+                policy, environment, episodes=arguments.episodes, first_task=1_000_000, generator=generator, progress=Quiet()
+            )
+            cells.append(f"{result.success:.1%} [{result.low:.1%}, {result.high:.1%}]")
+        print(f"| {family} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
