@@ -271,7 +271,7 @@ def test_learned_noise_stays_within_its_range_and_reaches_both_ends() -> None:
     torch.manual_seed(0)
     head = NoiseHead(tiny.WIDTH, tiny.PADDED_ACTION, (0.05, 0.4))
     tiny.stir(head, size=20.0)
-    std = head(torch.randn(500, tiny.HORIZON, tiny.WIDTH) * 10)
+    std = head(torch.randn(500, tiny.HORIZON, tiny.WIDTH) * 10).detach()
     assert std.shape == (500, tiny.HORIZON, tiny.PADDED_ACTION)
     assert float(std.min()) == pytest.approx(0.05, rel=1e-3) and float(std.max()) == pytest.approx(0.4, rel=1e-3)
     assert (std >= 0.05 * (1 - 1e-5)).all() and (std <= 0.4 * (1 + 1e-5)).all()

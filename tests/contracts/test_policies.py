@@ -1,0 +1,337 @@
+"""What every likelihood policy promises (mmrl.protocols), over every implementation. A new policy adds one line to POLICIES."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmrl.algorithms.ppo import PPO
+from mmrl.batching import make_batch
+from mmrl.numerics.losses import clipped_surrogate
+from mmrl.optim import StepReport
+from mmrl.protocols import Advantages, LikelihoodPolicy, LossContext, Policy, ValuePolicy
+from mmrl.types import Batch, Decision, EpisodeRecord, Rollout
+from mmrl.updates import RolloutUpdate
+from tests.policies import tiny
+
+# name -> how to build it from the fixtures' folders; its parameters must be such that no output is trivially zero.
+POLICIES: dict[str, Callable[[str], Any]] = {
+    "pi0 flow_sde": lambda folder: tiny.build(folder),
+    "pi0 flow_sde, all steps as units": lambda folder: tiny.build(folder, stochastic_steps="all", granularity="step"),
+    "pi0 flow_noise, actions as units": lambda folder: tiny.build(folder, sampler="flow_noise", granularity="action"),
+    "pi0 cps, re-encoded": lambda folder: tiny.build(folder, sampler="cps", cache_prefix=False),
+    "pi0 lora": lambda folder: tiny.build(folder, train="lora"),
+    "pi0 all, without critic": lambda folder: tiny.build(folder, train="all", critic=None),
+}
+B, T = 5, 2
+
+
+@pytest.fixture(params=POLICIES.values(), ids=POLICIES.keys())
+def make(request: pytest.FixtureRequest, tiny_pi0: str) -> Callable[[], Any]:
+    return lambda: request.param(tiny_pi0)
+
+
+@pytest.fixture
+def policy(make: Callable[[], Any]) -> Any:
+    return make()
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def explore(policy: Policy, seed: int = 1, batch: int = B) -> Decision:
+    with policy.compute_mode(train=False):
+        return policy.act(policy.example_observation(batch), seeded(seed), explore=True)
+
+
+def play(policy: Policy) -> Rollout:
+    """T decisions of B environments, of which the first ended early, as the collector would assemble them."""
+    decisions = [explore(policy, seed) for seed in range(T)]
+    valid_TB = torch.ones(T, B, dtype=torch.bool)
+    valid_TB[1, 0] = False
+    nothing_TB, no_TB = torch.zeros(T, B), torch.zeros(T, B, dtype=torch.bool)
+    values_TB = torch.stack([torch.zeros(B) if d.values_B is None else d.values_B for d in decisions])
+    row = torch.zeros(0)
+    return Rollout(
+        trace={name: torch.stack([d.trace[name] for d in decisions]) for name in decisions[0].trace},
+        log_probs_TBK=torch.stack([d.log_probs_BK for d in decisions]),
+        mask_TBK=torch.stack([d.mask_BK for d in decisions]),
+        rewards_TB=torch.randn(T, B, generator=seeded(7)),
+        values_TB=values_TB,
+        next_values_TB=nothing_TB,
+        valid_TB=valid_TB,
+        terminated_TB=no_TB,
+        truncated_TB=no_TB,
+        task_ids_TB=torch.zeros(T, B, dtype=torch.long),
+        episodes=EpisodeRecord(row.long(), row, row, row.long()),
+        env_steps=0,
+    )
+
+
+def batch_of(policy: LikelihoodPolicy) -> Batch:
+    """The rollout's nine valid decisions with advantages of both signs."""
+    rollout = play(policy)
+    advantages_TB = torch.randn(T, B, generator=seeded(8))
+    returns_TB = rollout.values_TB + torch.randn(T, B, generator=seeded(9))
+    return make_batch(rollout, Advantages(advantages_TB, returns_TB, rollout.valid_TB, {}), policy)
+
+
+def gradients(policy: Any, loss: Tensor) -> dict[str, Tensor]:
+    policy.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """Equal up to rounding that is small against the whole gradient."""
+    assert ours.keys() == theirs.keys() and ours
+    scale = max(float(g.abs().max()) for g in theirs.values())
+    assert scale > 1e-4, "a gradient of zero would pass"
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(
+            ours[name], gradient, rtol=1e-3, atol=1e-5 * max(scale, 1.0), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# -- acting ------------------------------------------------------------------------------------------------------------
+
+
+def test_it_keeps_the_protocol(policy: Any) -> None:
+    assert isinstance(policy, LikelihoodPolicy) and isinstance(policy, nn.Module)
+    assert isinstance(policy, ValuePolicy)
+    assert policy.version == 0
+    seen = policy.example_observation(3)
+    assert seen.batch_size == 3
+    assert len({*map(str, seen.instructions), *(str(row) for row in (seen.state if seen.state is not None else []))}) > 1
+
+
+@pytest.mark.parametrize("exploring", [True, False])
+def test_acting_is_a_function_of_the_generator(make: Callable[[], Any], exploring: bool) -> None:
+    first, second = make(), make()
+    seen = first.example_observation(B)
+    torch.manual_seed(1)
+    ours = first.act(seen, seeded(3), explore=exploring)
+    torch.manual_seed(2)
+    theirs = second.act(seen, seeded(3), explore=exploring)
+    assert torch.equal(ours.action_BCA, theirs.action_BCA) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
+    other = first.act(seen, seeded(4), explore=exploring)
+    assert not exploring or not torch.equal(other.action_BCA, ours.action_BCA)
+
+
+def test_acting_leaves_weights_modes_and_gradients_alone(policy: Any) -> None:
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    decision = explore(policy)
+    assert not any(t.requires_grad for t in (decision.action_BCA, decision.log_probs_BK, *decision.trace.values()))
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
+    assert all(p.grad is None for p in policy.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_acting_without_exploration_needs_no_trace(policy: Any) -> None:
+    """What is not stored cannot be scored by mistake; the action has the shape of an exploring one."""
+    decision = policy.act(policy.example_observation(B), seeded(1), explore=False)
+    assert decision.trace == {}
+    assert decision.action_BCA.shape == explore(policy).action_BCA.shape
+
+
+def test_a_decision_knows_the_version_that_made_it(policy: Any) -> None:
+    policy.version = 17
+    assert explore(policy).policy_version == 17
+
+
+def test_observations_do_not_mix_within_a_batch(policy: Any) -> None:
+    """Scoring one decision alone gives what scoring it among others gives, up to rounding."""
+    decision = explore(policy)
+    together = policy.evaluate(decision.trace)
+    for b in range(B):
+        alone = policy.evaluate({name: tensor[b : b + 1] for name, tensor in decision.trace.items()})
+        torch.testing.assert_close(alone.log_probs_NK[0], together.log_probs_NK[b], rtol=1e-4, atol=1e-4)
+        if together.values_N is not None:
+            torch.testing.assert_close(alone.values_N[0], together.values_N[b], rtol=1e-4, atol=1e-5)
+
+
+# -- scoring again -----------------------------------------------------------------------------------------------------
+
+
+def test_scoring_again_equals_the_rollout(policy: Any) -> None:
+    decision = explore(policy)
+    with policy.compute_mode(train=True):
+        scored = policy.evaluate(decision.trace)
+    assert torch.equal(scored.log_probs_NK, decision.log_probs_BK)
+    assert scored.entropy_NK.shape == scored.log_probs_NK.shape == decision.mask_BK.shape
+    assert scored.log_probs_NK.dtype in (torch.float32, torch.float64) and scored.log_probs_NK.isfinite().all()
+    assert (scored.values_N is None) == (decision.values_B is None) == (not policy.has_critic)
+    if decision.values_B is not None:
+        assert torch.equal(scored.values_N, decision.values_B) and decision.values_B.std() > 0
+
+
+def test_scoring_twice_is_the_same_and_changes_nothing(policy: Any) -> None:
+    decision = explore(policy)
+    before = {name: tensor.clone() for name, tensor in decision.trace.items()}
+    first, second = policy.evaluate(decision.trace), policy.evaluate(decision.trace)
+    assert torch.equal(first.log_probs_NK, second.log_probs_NK)
+    assert all(torch.equal(before[name], tensor) for name, tensor in decision.trace.items())
+
+
+def test_pack_takes_the_valid_decisions_in_time_then_slot_order(policy: Any) -> None:
+    rollout = play(policy)
+    trace = policy.pack(rollout)
+    order = [(t, b) for t, b in itertools.product(range(T), range(B)) if rollout.valid_TB[t, b]]
+    assert len(order) == T * B - 1
+    log_probs = policy.evaluate(trace).log_probs_NK
+    for n, (t, b) in enumerate(order):
+        for name, tensor in trace.items():
+            assert torch.equal(tensor[n], rollout.trace[name][t, b]), name
+        torch.testing.assert_close(log_probs[n], rollout.log_probs_TBK[t, b], rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_along_the_gradient_makes_decisions_likelier(policy: Any) -> None:
+    decision = explore(policy)
+    before = policy.evaluate(decision.trace).log_probs_NK.sum()
+    before.backward()
+    actor = [p for p in policy.trainable()["actor"] if p.grad is not None]
+    length = float(torch.stack([p.grad.square().sum() for p in actor]).sum())
+    with torch.no_grad():
+        for p in actor:
+            p += p.grad * (0.01 / length)
+    after = policy.evaluate(decision.trace).log_probs_NK.sum()
+    assert float(after - before) == pytest.approx(0.01, rel=0.3)
+
+
+# -- learning from a rollout -------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_at_ratio_one_is_reinforce_s(policy: Any) -> None:
+    batch = batch_of(policy)
+    log_probs = policy.evaluate(batch.trace).log_probs_NK
+    weights = batch.advantages_N[:, None] * batch.mask_NK / batch.mask_NK.sum()
+    reinforce = gradients(policy, -(weights * log_probs).sum())
+    with policy.compute_mode(train=True):
+        scored = policy.evaluate(batch.trace)
+    advantages_NK = batch.advantages_N[:, None].expand_as(log_probs)
+    # The batch is scored in another shape than it was acted in, so its ratios are 1 up to rounding; old := new makes them 1.
+    torch.testing.assert_close(scored.log_probs_NK, batch.old_log_probs_NK, rtol=1e-4, atol=1e-4)
+    old = scored.log_probs_NK.detach()
+    loss = clipped_surrogate(scored.log_probs_NK, old, advantages_NK, batch.mask_NK, clip_low=0.2, clip_high=0.2)
+    assert loss.metrics["ratio_min"] == loss.metrics["ratio_max"] == 1 and loss.metrics["clip_fraction"] == 0
+    assert_same_gradients(gradients(policy, loss.value), reinforce)
+
+
+@dataclass
+class Recorder:
+    """Stands in for an Optimization and keeps the gradient it is given."""
+
+    policy: Any
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    loss: float = 0.0
+
+    def zero_grad(self) -> None:
+        self.policy.zero_grad(set_to_none=True)
+
+    def step(self, loss_is_finite: bool, *, loss: float) -> StepReport:
+        assert loss_is_finite
+        self.loss = loss
+        self.gradients = {name: p.grad.clone() for name, p in self.policy.named_parameters() if p.grad is not None}
+        return StepReport(False, 0.0, {})
+
+
+@dataclass(frozen=True)
+class ActorOnly:
+    """PPO's policy loss for a policy without a critic."""
+
+    epochs: int = 1
+    minibatches: int = 1
+    max_kl: float | None = None
+    group_size: int = 1
+    whole_episodes: bool = False
+    uses_reference: bool = False
+
+    def loss(self, policy: LikelihoodPolicy, batch: Batch, context: LossContext) -> Any:
+        scored = policy.evaluate(batch.trace)
+        return clipped_surrogate(
+            scored.log_probs_NK,
+            batch.old_log_probs_NK,
+            batch.advantages_N[:, None],
+            batch.mask_NK,
+            clip_low=0.2,
+            clip_high=0.2,
+            normalizer=context.units,
+        )
+
+
+def updated(policy: Any, batch: Batch, micro_batch: int | None) -> tuple[Recorder, dict[str, float]]:
+    recorder = Recorder(policy)
+    algorithm = PPO(PPO.Config(entropy_weight=0.01)) if policy.has_critic else ActorOnly()
+    update = RolloutUpdate(
+        policy=policy,
+        algorithm=algorithm,  # type: ignore[arg-type]
+        optimization=recorder,  # type: ignore[arg-type]
+        minibatch_generator=seeded(0),
+        supervised_generator=seeded(0),
+        iterations=1,
+        micro_batch=micro_batch,
+    )
+    metrics = update._update(batch, 0)
+    assert policy.version == 1
+    policy.version = 0
+    return recorder, metrics
+
+
+@pytest.mark.parametrize("micro_batch", [3, 4, 1], ids=["even pieces", "an uneven last piece", "one by one"])
+def test_micro_batches_add_up_to_the_whole(policy: Any, micro_batch: int) -> None:
+    batch = batch_of(policy)
+    assert len(batch) == 9
+    whole, metrics = updated(policy, batch, None)
+    pieces, parts = updated(policy, batch, micro_batch)
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-4, abs=1e-5)
+    assert_same_gradients(pieces.gradients, whole.gradients)
+    for name in ("ratio_min", "ratio_max", "clip_fraction"):
+        assert parts[name] == pytest.approx(metrics[name], rel=1e-3), name
+
+
+# -- carrying a policy away --------------------------------------------------------------------------------------------
+
+
+def test_a_state_dict_makes_the_same_policy(make: Callable[[], Any]) -> None:
+    policy, twin = make(), make()
+    tiny.stir(twin, seed=11)
+    assert policy.fingerprint() == twin.fingerprint() and "\n" not in policy.fingerprint()
+    decision = explore(policy)
+    assert not torch.equal(explore(twin).log_probs_BK, decision.log_probs_BK)
+    twin.load_state_dict({name: tensor.clone() for name, tensor in policy.state_dict().items()})
+    again = explore(twin)
+    assert torch.equal(again.action_BCA, decision.action_BCA) and torch.equal(again.log_probs_BK, decision.log_probs_BK)
+    assert torch.equal(twin.evaluate(decision.trace).log_probs_NK, decision.log_probs_BK)
+
+
+def test_a_reference_scores_alike_and_does_not_learn(policy: Any) -> None:
+    decision = explore(policy)
+    reference = policy.reference()
+    assert not any(p.requires_grad for p in reference.parameters())
+    scored = reference.evaluate(decision.trace).log_probs_NK
+    assert torch.equal(scored, decision.log_probs_BK)
+    tiny.stir(policy, seed=12)
+    assert torch.equal(reference.evaluate(decision.trace).log_probs_NK, scored)
+    assert not torch.equal(policy.evaluate(decision.trace).log_probs_NK, scored)
+
+
+def test_trainable_groups_are_disjoint_and_complete(policy: Any) -> None:
+    listed = [id(p) for parameters in policy.trainable().values() for p in parameters]
+    assert len(listed) == len(set(listed)) > 0
+    assert set(listed) == {id(p) for p in policy.parameters() if p.requires_grad}
+
+
+def test_the_critic_says_the_same_when_bootstrapping(policy: Any) -> None:
+    if not policy.has_critic:
+        return
+    values_B = policy.value(policy.example_observation(B), seeded(1))
+    expected = explore(policy, seed=1).values_B
+    assert values_B.shape == (B,) and not values_B.requires_grad
+    torch.testing.assert_close(values_B, expected, rtol=1e-5, atol=1e-6)
