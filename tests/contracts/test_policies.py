@@ -201,8 +201,8 @@ def test_a_step_along_the_gradient_makes_decisions_likelier(policy: Any) -> None
     with torch.no_grad():
         for p in actor:
             p += p.grad * (0.01 / length)
-    after = policy.evaluate(decision.trace).log_probs_NK.sum()
-    assert float(after - before) == pytest.approx(0.01, rel=0.3)
+    after = policy.evaluate(decision.trace).log_probs_NK.sum().detach()
+    assert float(after - before.detach()) == pytest.approx(0.01, rel=0.3)
 
 
 # -- learning from a rollout -------------------------------------------------------------------------------------------
