@@ -46,7 +46,10 @@ def train(config: RunConfig, run_dir: Path, progress: Progress) -> Path:
     """
     if run_dir.is_dir() and any(run_dir.iterdir()):
         raise ConfigError(f"{run_dir}: is not empty; a run needs a folder of its own, so choose another name")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"cannot make the folder {run_dir}: {error.strerror}; choose another with output=FOLDER") from error
     try:
         with exclusive(run_dir):
             checkpoint.atomic_write_text(run_dir / "config.yaml", dump(config))
@@ -86,25 +89,25 @@ class Run:
         configure_torch(config.threads, deterministic=False)
         seed_everything(config.seed)
         self.streams = Streams(config.seed)
-        meta = {} if saved is None else saved.meta
-        self.metrics = MetricsWriter(
-            run_dir,
-            tensorboard=config.tensorboard,
-            position=meta.get("metrics_position", 0),
-            elapsed=meta.get("elapsed", 0.0),
-        )
-        self.saves = int(meta.get("number", -1))
+        self.saves = -1 if saved is None else int(saved.meta["number"])
 
     def execute(self) -> Path:
         """All remaining stages, and the final policy beside them."""
-        first, saved, policy = 0, self.saved, None
+        meta = {"stage": 0} if self.saved is None else self.saved.meta
+        first, stages = int(meta["stage"]), self.config.stages
+        if first >= len(stages):
+            raise CheckpointError(f"{self.dir}: the checkpoint is of stage {first + 1}, but config.yaml has fewer; restore it")
+        stage = Stage(self, first, None, self.saved)  # what does not fit is refused before anything is written
+        self.metrics = MetricsWriter(
+            self.dir,
+            tensorboard=self.config.tensorboard,
+            position=meta.get("metrics_position", 0),
+            elapsed=meta.get("elapsed", 0.0),
+        )
         try:
-            if saved is not None:
-                first = int(saved.meta["stage"])
-                if first >= len(self.config.stages):
-                    raise CheckpointError(f"{saved.path} belongs to stage {first + 1}, but config.yaml has fewer; restore it")
-            for index in range(first, len(self.config.stages)):
-                policy = Stage(self, index, policy, saved if index == first else None).run()
+            policy = stage.run()
+            for index in range(first + 1, len(stages)):
+                policy = Stage(self, index, policy, None).run()
             _save_policy(policy, self.dir / "policy")
         finally:
             self.metrics.close()
@@ -277,7 +280,7 @@ class Stage:
             "optimizer": optimizer_meta,
             "learner": self.learner.meta(),
         }
-        self.run_.save({name: section for name, section in sections.items() if section}, meta)
+        self.run_.save(sections, meta)
 
     def _restore(self, saved: Saved) -> None:
         sections, meta = saved.sections, saved.meta

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from mmrl.algorithms.grpo import GRPO
 from mmrl.algorithms.policy_gradient import PolicyGradientConfig, policy_loss
+from mmrl.algorithms.ppo import PPO
+from mmrl.algorithms.sft import SFT
 from mmrl.protocols import LossContext
 from mmrl.types import Batch, Evaluation
 
@@ -78,7 +83,7 @@ def test_a_sequence_s_ratio_is_the_geometric_mean_over_its_units(case: Callable[
             ratios.append(math.exp(sum(gaps) / len(gaps)))
             advantage = float(batch.advantages_N[n])
             total += max(-advantage * ratios[-1], -advantage * max(ratios[-1], 1 - 1e-6))
-    assert float(loss.value) == pytest.approx(total / samples)
+    assert float(loss.value.detach()) == pytest.approx(total / samples)
     assert float(loss.metrics["ratio_min"]) == pytest.approx(min(ratios))
     assert float(loss.metrics["ratio_max"]) == pytest.approx(max(ratios))
 
@@ -95,3 +100,11 @@ def test_what_is_logged(case: Callable[..., Any]) -> None:
     assert float(metrics["log_prob_gap_max"]) == pytest.approx(max(map(abs, gaps)))
     assert float(metrics["entropy"]) == pytest.approx(float(policy.entropy_NK[batch.mask_NK].mean()))
     assert not any(isinstance(value, torch.Tensor) and value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("algorithm", [PPO, GRPO, SFT])
+def test_every_field_of_a_config_is_read(algorithm: Any) -> None:
+    """By name, somewhere in the algorithm's module or in what it shares with others."""
+    trees = [ast.parse(inspect.getsource(inspect.getmodule(part) or part)) for part in (algorithm, policy_loss)]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert set(algorithm.Config.__pydantic_fields__) - read == set()
