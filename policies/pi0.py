@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -154,7 +154,7 @@ class Pi0(nn.Module):
         self.statistics = load_statistics(config.checkpoint)
         tokenizer = load_tokenizer(config.checkpoint)
         self._hf_tokenizer, self._tokenizer = tokenizer, Tokenizer(tokenizer, config.max_text_tokens)
-        arch = self.model.config
+        self._arch: Any = (arch := self.model.config)
         self.horizon, self._padded_dim = arch.chunk_size, arch.max_action_dim
         self.execute = config.execute or self.horizon
         if self.statistics is None and config.action_dim is None:
@@ -188,7 +188,7 @@ class Pi0(nn.Module):
             raise MMRLError(f"policy.action_dim = {self.action_dim} is more than the {most} dimensions that {checkpoint} knows")
 
     def _build_heads(self) -> None:
-        arch = self.model.config
+        arch = self._arch
         width = arch.dit_config.hidden_size
         sizes = {"prefix": arch.vlm_config.text_config.hidden_size, "state_token": width, "suffix": width}
         with torch.random.fork_rng(devices=[]):
@@ -247,7 +247,7 @@ class Pi0(nn.Module):
         return {name: parameters for name, parameters in groups.items() if parameters}
 
     def fingerprint(self) -> str:
-        arch = self.model.config
+        arch = self._arch
         shapes = sum(p.numel() for p in self.parameters())
         critic = "" if self.critic is None else f" critic={self._critic_words().replace(' ', '-')}"
         return (
@@ -321,7 +321,7 @@ class Pi0(nn.Module):
         if observation.state is None:
             raise MMRLError("pi0 needs the robot's state, but the environment's observation has none")
         state = self._normalize(observation.state, "state")
-        width = self.model.config.max_state_dim
+        width = self._arch.max_state_dim
         if state.shape[1] > width:
             raise MMRLError(
                 f"the environment's state has {state.shape[1]} numbers, but {self.config.checkpoint} takes at most {width}"
@@ -331,7 +331,7 @@ class Pi0(nn.Module):
         return {**images, "token_ids": ids, "state": nn.functional.pad(state, (0, width - state.shape[1]))}
 
     def _encode(self, inputs: Mapping[str, Tensor]) -> Prefix:
-        size = self.model.config.vlm_config.vision_config.image_size
+        size = self._arch.vlm_config.vision_config.image_size
         dtype = self.model.dtype
         pixels = torch.stack([preprocess(inputs[f"image_{camera}"], size, dtype) for camera in self.config.cameras], 1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen_prefix):
@@ -479,7 +479,7 @@ class Pi0(nn.Module):
         return Loss(value, {"flow_matching": value.detach()})
 
     def _flow_times(self, batch: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        arch = self.model.config
+        arch = self._arch
         if (beta := arch.time_sampling_beta_beta) != 1.0:
             raise MMRLError(f"{self.config.checkpoint}: config.json has time_sampling_beta_beta = {beta}, only 1.0 is supported")
         # Beta(alpha, 1) has the distribution function t^alpha, so it is drawn exactly, and from our generator, by inversion.
@@ -487,13 +487,13 @@ class Pi0(nn.Module):
         return uniform.pow(1 / arch.time_sampling_beta_alpha) * arch.time_sampling_scale + arch.time_sampling_offset
 
     def example_observation(self, batch_size: int) -> Observation:
-        size = self.model.config.vlm_config.vision_config.image_size
+        size = self._arch.vlm_config.vision_config.image_size
         generator = torch.Generator().manual_seed(batch_size)
         images = {
             camera: torch.randint(0, 256, (batch_size, size, size, 3), generator=generator, dtype=torch.uint8)
             for camera in self.config.cameras
         }
-        width = len(self.statistics.state_mean) if self.statistics else self.model.config.max_state_dim
+        width = len(self.statistics.state_mean) if self.statistics else self._arch.max_state_dim
         words = sorted(word for word in self._hf_tokenizer.get_vocab() if word.isalpha())[:8] or ["move"]
         sentences = tuple(" ".join(words[: 1 + i % len(words)]) for i in range(batch_size))
         return Observation(images, torch.rand(batch_size, width, generator=generator), sentences)

@@ -27,6 +27,6 @@ class LoraOptions:
     """Low-rank adapters (peft) on the action expert's and the language model's linear layers."""
 
     rank: int = Field(default=16, gt=0)
-    alpha: float = 16.0
+    alpha: int = 16
     modules: str = r".*(dit|language_model).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     """Regular expression over module names."""

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PI0ForConditionalGeneration, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from mmrl.errors import MMRLError
 from policies.pi0_parts.options import LoraOptions
@@ -90,7 +90,7 @@ def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str
             return PI0ForConditionalGeneration.from_pretrained(
                 checkpoint, dtype=dtype, attn_implementation=attention, use_safetensors=True
             )
-        config = AutoConfig.from_pretrained(checkpoint, attn_implementation=attention)
+        config: Any = AutoConfig.from_pretrained(checkpoint, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise MMRLError(f"policy.checkpoint = {checkpoint}: cannot be loaded as a pi0 ({_first_line(error)})") from error
     with torch.random.fork_rng(devices=[]):
