@@ -31,7 +31,7 @@ ENVIRONMENTS: dict[str, Callable[[int], Any]] = {
 TASKS = torch.tensor([7, 3, 11, 8, 20])
 
 
-@pytest.fixture(params=ENVIRONMENTS.values(), ids=ENVIRONMENTS.keys())
+@pytest.fixture(params=ENVIRONMENTS.values(), ids=list(ENVIRONMENTS))
 def make(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Any]]:
     opened: list[Environment] = []
 
@@ -75,13 +75,17 @@ def assert_same_step(ours: Step, theirs: Step, our_rows: list[int], their_rows: 
         assert torch.equal(value[our_rows], theirs.metrics[name][their_rows]), name
 
 
+def has_expert(environment: Any) -> bool:
+    return isinstance(environment, ExpertEnvironment)
+
+
 def play(environment: Any, tasks_B: Tensor, *, expert: bool = False) -> list[Step]:
     """One whole episode in every slot, by the scripted expert where there is one and ``expert``."""
+    guided = expert and has_expert(environment)
     environment.reset(tasks_B)
     steps: list[Step] = []
     while not steps or not bool(steps[-1].done_B.all()):
         assert len(steps) < environment.max_steps, "an episode outlives max_steps"
-        guided = expert and isinstance(environment, ExpertEnvironment)
         action = environment.expert_action()[:, None] if guided else actions_for(environment, tasks_B, len(steps))
         steps.append(environment.step(action))
     return steps
@@ -203,7 +207,7 @@ def test_every_episode_ends_in_exactly_one_way_within_max_steps(make: Callable[[
         assert not step.rewards_BC[ended_B].any()
         ended_B = step.done_B
     assert ended_B.all() and steps[-1].truncated_B.any()
-    if expert and isinstance(environment, ExpertEnvironment):
+    if expert and has_expert(environment):
         assert steps[-1].terminated_B.any(), "the expert solves none of sixteen tasks"
 
 

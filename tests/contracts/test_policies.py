@@ -32,7 +32,7 @@ POLICIES: dict[str, Callable[[str], Any]] = {
 B, T = 5, 2
 
 
-@pytest.fixture(params=POLICIES.values(), ids=POLICIES.keys())
+@pytest.fixture(params=POLICIES.values(), ids=list(POLICIES))
 def make(request: pytest.FixtureRequest, tiny_pi0: str) -> Callable[[], Any]:
     return lambda: request.param(tiny_pi0)
 

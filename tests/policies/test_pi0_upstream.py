@@ -5,6 +5,9 @@ Weights are float64; transformers' norms still compute in float32, so numbers ag
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +17,7 @@ from policies.pi0 import Pi0
 from policies.pi0_parts.prefix import preprocess
 from tests.policies import tiny
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
 def normalised(policy: Pi0, actions_BHA: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ def test_velocity_over_the_cached_prefix_is_upstream_s(architecture: str, attent
     for _ in range(2):  # a second pass over the same prefix sees the same prefix
         ours = policy._expert(prefix, inputs["state"], x, t_B)[0]
         upstream = policy.model(noise=x, timestep=t_B, **tiny.upstream_inputs(policy, seen)).logits
-        torch.testing.assert_close(ours, upstream, **CLOSE)
+        close(ours, upstream)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -57,7 +60,8 @@ def test_acting_without_exploration_is_upstream_s_sample_actions(architecture: s
     policy = tiny.build(architecture, dtype="float64", denoising_steps=steps)
     seen = tiny.observation(5)
     noise = torch.randn(5, tiny.HORIZON, tiny.PADDED_ACTION, generator=tiny.generator(4), dtype=torch.float64)
-    chunk = policy.model.sample_actions(noise=noise, num_steps=steps, **tiny.upstream_inputs(policy, seen))
+    inputs: dict[str, Any] = {"noise": noise, **tiny.upstream_inputs(policy, seen)}
+    chunk = policy.model.sample_actions(num_steps=steps, **inputs)
     assert policy.statistics is not None
     mean, std = (torch.tensor(x, dtype=torch.float64) for x in (policy.statistics.actions_mean, policy.statistics.actions_std))
     expected = chunk[:, : tiny.EXECUTE, : tiny.ACTION] * std + mean
@@ -74,7 +78,7 @@ def test_supervised_loss_is_upstream_s_where_nothing_is_padded(tmp_path_factory:
     inputs = tiny.upstream_inputs(policy, examples.observation)
     upstream = policy.model(actions=normalised(policy, examples.actions_BHA), noise=noise, timestep=t_B, **inputs).loss
     ours = policy.supervised_loss(examples, tiny.generator(7)).value
-    torch.testing.assert_close(ours, upstream, **CLOSE)
+    close(ours, upstream)
 
 
 def upstream_errors(policy: Pi0, examples: Examples, noise: Tensor, t_B: Tensor) -> list[float]:

@@ -43,9 +43,8 @@ def _config(vocabulary: int, **sizes: int) -> PI0Config:
         "pad_token_id": 0,
     }
     vision = {**common, "model_type": "siglip_vision_model", "image_size": 32, "patch_size": 16, "vision_use_head": False}
-    vlm = CONFIG_MAPPING["paligemma"](
-        text_config=text, vision_config=vision, projection_dim=WIDTH, image_token_id=vocabulary, pad_token_id=0
-    )
+    tokens = {"image_token_id": vocabulary, "pad_token_id": 0}
+    vlm = CONFIG_MAPPING["paligemma"](**{"text_config": text, "vision_config": vision, "projection_dim": WIDTH, **tokens})
     expert = CONFIG_MAPPING["gemma"](**{**text, "vocab_size": 8, "hidden_size": sizes.pop("expert_width", WIDTH)})
     shape = {"chunk_size": HORIZON, "max_action_dim": PADDED_ACTION, "max_state_dim": PADDED_STATE, **sizes}
     return PI0Config(vlm_config=vlm, dit_config=expert, **shape)  # type: ignore[arg-type]
@@ -112,7 +111,8 @@ def examples(batch: int = 5, *, dim: int = ACTION, ended: bool = True) -> Exampl
 
 def upstream_inputs(policy: Pi0, seen: Observation) -> dict[str, Tensor]:
     """What ``PI0ForConditionalGeneration.forward`` takes, made here in the layout of transformers' PI0Processor."""
-    tokenizer, arch = _tokenizer(), policy.model.config
+    tokenizer = _tokenizer()
+    arch: Any = policy.model.config
     dtype = policy.model.dtype
     image_tokens = [arch.vlm_config.image_token_id] * (len(CAMERAS) * (32 // 16) ** 2)
     rows, masks = [], []
