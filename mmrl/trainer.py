@@ -53,7 +53,7 @@ def train(config: RunConfig, run_dir: Path, progress: Progress) -> Path:
     try:
         with exclusive(run_dir):
             checkpoint.atomic_write_text(run_dir / "config.yaml", dump(config))
-            checkpoint.atomic_write_text(run_dir / "environment.json", json.dumps(describe_system(), indent=1) + "\n")
+            _describe_machine(run_dir)
             return Run(config, run_dir, progress).execute()
     except MMRLError as error:
         started = (run_dir / "config.yaml").is_file() and isinstance(error, _KEEP_FOLDER)
@@ -66,7 +66,14 @@ def resume(run_dir: Path, progress: Progress) -> Path:
     """Continue ``run_dir`` from its newest complete checkpoint (from the start where it has none yet)."""
     config = load(run_dir / "config.yaml")
     with exclusive(run_dir):
-        return Run(config, run_dir, progress, _newest(run_dir, progress)).execute()
+        saved = _newest(run_dir, progress)
+        if not (run_dir / "environment.json").exists():  # killed before it was written
+            _describe_machine(run_dir)
+        return Run(config, run_dir, progress, saved).execute()
+
+
+def _describe_machine(run_dir: Path) -> None:
+    checkpoint.atomic_write_text(run_dir / "environment.json", json.dumps(describe_system(), indent=1) + "\n")
 
 
 def _newest(run_dir: Path, progress: Progress) -> Saved | None:

@@ -139,7 +139,8 @@ def assert_same(run_dir: Path, unkilled: Path) -> None:
 
 # Where it is killed, and how often it comes there before: each process dies later in the run than the one before it.
 KILLS = [
-    ("before the first checkpoint is whole", "mmrl.checkpoint:os.fsync", 5),
+    ("before anything but the configuration is written", "mmrl.trainer:_describe_machine", 1),
+    ("before the first checkpoint is whole", "mmrl.checkpoint:os.fsync", 4),
     ("in the first evaluation", "mmrl.evaluation:_play", 2),
     ("in an update from examples", "mmrl.optim:Optimization.step", 2),
     ("while a checkpoint is put in place", "mmrl.checkpoint:_put_in_place", 2),
@@ -163,6 +164,7 @@ def test_a_run_killed_again_and_again_ends_where_an_unkilled_one_does(mmrl: Mmrl
     code, said = mmrl.resume("killed")
     assert code == 0, said
     assert_same(mmrl.runs / "killed", unkilled)
+    assert (mmrl.runs / "killed" / "environment.json").is_file()
     left = [path.name for path in (mmrl.runs / "killed").rglob("*") if path.name.startswith(".")]
     assert left in ([], [".lock"])
 

@@ -229,10 +229,13 @@ def test_every_epoch_sees_every_row_once_in_minibatches_of_its_own(policy: Linea
     assert sorted(rows[:N].tolist()) == sorted(rows[N:].tolist()) == sorted(batch.trace["x"][:, 0].tolist())
     assert rows[:N].tolist() != rows[N:].tolist()
     # Micro-batches are told the size of their mini-batch: 4, 4 and 3 rows in pieces of at most 2.
-    assert [context.samples for context in algorithm.contexts[:6]] == [
-        int(batch.mask_NK.any(1)[[batch.trace["x"][:, 0].tolist().index(x) for x in rows[a:b].tolist()]].sum())
-        for a, b in ((0, 4), (0, 4), (4, 8), (4, 8), (8, 11), (8, 11))
-    ]
+    numbers = batch.trace["x"][:, 0].tolist()
+    masks_NK = batch.mask_NK[[numbers.index(x) for x in rows[:N].tolist()]]
+    for pieces, (first, last) in zip(((0, 1), (2, 3), (4, 5)), ((0, 4), (4, 8), (8, 11)), strict=True):
+        for piece in pieces:
+            context = algorithm.contexts[piece]
+            assert context.units == int(masks_NK[first:last].sum())
+            assert context.samples == int(masks_NK[first:last].any(1).sum())
 
 
 def test_too_much_divergence_leaves_the_remaining_updates_out(policy: Linear, batch: Batch) -> None:
