@@ -138,6 +138,17 @@ def test_rollout_and_training_score_alike(kind: str, runs: dict[str, Path]) -> N
         assert any(row["policy/ratio_min"] < 0.999 for row in trained)
 
 
+def test_the_kl_is_to_the_policy_that_the_stage_began_with(runs: dict[str, Path]) -> None:
+    first, *later = [row["policy/kl_reference"] for row in improving(runs["grpo_flow_sde"]) if row["update/updates"]]
+    assert first == pytest.approx(0, abs=1e-6) and later and all(kl > 1e-3 for kl in later)
+    tensors, _ = tiny_run.newest(runs["grpo_flow_sde"])
+    frozen = {
+        name for name in tensors if name.startswith("reference/") and torch.equal(tensors[name], tensors["policy" + name[9:]])
+    }
+    moved = {name for name in tensors if name.startswith("reference/")} - frozen
+    assert any(".dit." in name for name in moved) and all(".vision_tower." not in name for name in moved)
+
+
 def test_rollouts_have_the_size_that_was_asked_for(runs: dict[str, Path]) -> None:
     for row in improving(runs["ppo_flow_sde"]):
         assert row["rollout/decisions"] == 4 * 4 and row["update/updates"] == 2 * 2
