@@ -58,7 +58,7 @@ ESTIMATES: dict[str, Callable[[float], float]] = {
 
 
 @pytest.mark.parametrize("kind", ESTIMATES)
-def test_the_kl_term(kind: str, case: Callable[..., Any]) -> None:
+def test_the_kl_term(kind: Any, case: Callable[..., Any]) -> None:
     policy, batch = case()
     context = LossContext(int(batch.mask_NK.sum()), len(batch), 0)
     scored = policy.evaluate(batch.trace)

@@ -123,6 +123,11 @@ class ScriptedPolicy:
 SCRIPTS = [([1.0, 2.0, 3.0], False), ([0.0, 5.0, 0.0, 0.0], True), ([2.0] * 6, False)]
 
 
+def untyped(policy: ScriptedPolicy) -> Any:
+    """A collector needs less of a policy than the protocol promises."""
+    return policy
+
+
 def collect(environment: ScriptedEnvironment, policy: Any, *, value: bool = True, **options: Any) -> tuple[Any, Collector]:
     collector = Collector(environment, **options)
     return collector.collect(policy, torch.Generator(), policy.value if value else None), collector
@@ -154,7 +159,7 @@ def test_auto_reset_worked_by_hand() -> None:
     assert rollout.mask_TBK[:, :, 1].tolist() == [[False, False], [True, True], [False, False], [True, True]]
     # The last decision restarts nothing, and the next rollout begins with tasks that nobody has played.
     assert [where for _, where in environment.resets] == [[True, True], [True, True]]
-    again = collector.collect(policy, torch.Generator(), policy.value)
+    again = collector.collect(untyped(policy), torch.Generator(), policy.value)
     assert again.task_ids_TB[0].tolist() == [4, 5]
 
 
@@ -181,7 +186,7 @@ def test_whole_episodes_worked_by_hand() -> None:
     assert episodes.metrics["clock"].tolist() == [6, 6, 3, 3]
     assert rollout.decisions == 10 and rollout.env_steps == 18
     assert len(environment.resets) == 1
-    again = collector.collect(ScriptedPolicy(), torch.Generator())
+    again = collector.collect(untyped(ScriptedPolicy()), torch.Generator())
     assert again.task_ids_TB[0].tolist() == [2, 2, 3, 3]
 
 

@@ -250,7 +250,7 @@ def test_every_key_of_the_configuration_is_read(tiny: Path, monkeypatch: pytest.
     read: dict[type, set[str]] = defaultdict(set)
 
     def spy(block: type) -> None:
-        original = block.__getattribute__
+        original: Any = block.__getattribute__
 
         def look(self: Any, name: str) -> Any:
             read[type(self)].add(name)

@@ -302,7 +302,7 @@ def rollout_of(policy: Linear) -> Rollout:
         terminated_TB=done_TB,
         truncated_TB=torch.zeros(3, 4, dtype=torch.bool),
         task_ids_TB=torch.zeros(3, 4, dtype=torch.long),
-        episodes=EpisodeRecord(*(torch.zeros(4) for _ in range(4))),
+        episodes=EpisodeRecord(torch.zeros(4), torch.zeros(4), torch.zeros(4), torch.zeros(4)),
         env_steps=11,
     )
 
