@@ -90,19 +90,19 @@ def naive_loss(policy: Any, batch: Batch, config: PPO.Config) -> float:
     for n in range(len(batch)):
         units = batch.mask_NK[n].nonzero()[:, 0].tolist()
         for k in units:
-            new, advantage = float(policy.log_probs_NK[n, k]), float(batch.advantages_N[n])
+            new, advantage = float(policy.log_probs_NK.detach()[n, k]), float(batch.advantages_N[n])
             ratio = math.exp(new - float(batch.old_log_probs_NK[n, k]))
             clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
             term = max(-advantage * ratio, -advantage * clipped)
             if config.dual_clip is not None and advantage < 0:
                 term = min(term, -config.dual_clip * advantage)
             policy_terms.append(term)
-            entropies.append(float(policy.entropy_NK[n, k]))
+            entropies.append(float(policy.entropy_NK.detach()[n, k]))
             assert batch.reference_log_probs_NK is not None
             gap = new - float(batch.reference_log_probs_NK[n, k])
             divergences.append(math.exp(-gap) - 1 + gap)
         if units:
-            value, old = float(policy.values_N[n]), float(batch.old_values_N[n])
+            value, old = float(policy.values_N.detach()[n]), float(batch.old_values_N[n])
             assert config.value_clip is not None and config.huber_delta is not None
             near = old + min(max(value - old, -config.value_clip), config.value_clip)
             errors = (float(batch.returns_N[n]) - value, float(batch.returns_N[n]) - near)
@@ -124,7 +124,7 @@ def test_the_loss_equals_a_naive_twin(fields: dict[str, Any], case: Callable[...
     policy, batch = case(n=12, spread=0.5)
     algorithm = ppo(**fields)
     loss = algorithm.loss(policy, batch, context_of(batch))
-    assert float(loss.value) == pytest.approx(naive_loss(policy, batch, algorithm.config), rel=1e-12)
+    assert float(loss.value.detach()) == pytest.approx(naive_loss(policy, batch, algorithm.config), rel=1e-12)
 
 
 def test_micro_batch_losses_add_up_to_the_whole_batch_s(case: Callable[..., Any]) -> None:
