@@ -95,7 +95,7 @@ class Pi0(nn.Module):
         lora: LoraOptions = field(default_factory=LoraOptions)
         """Used with ``train: lora``."""
         cache_prefix: bool = True
-        """Keep a rollout's encoded prefixes for its update where they are frozen (``train: expert``): memory for time."""
+        """Keep frozen prefixes (``train: expert``) for the update; in bfloat16 pi0_base needs 5 MB per decision and camera."""
         cameras: tuple[str, ...] = ("front",)
         """The cameras the policy looks at, in order."""
         max_text_tokens: int = Field(default=48, ge=1)
