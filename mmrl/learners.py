@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -42,14 +43,14 @@ class Setting:
         return Optimization(config.optimizer, self.policy.trainable(), total_updates, max_skipped=config.max_skipped_updates)
 
 
-class Learner:
+class Learner(ABC):
     """One subclass for each kind of experience."""
 
     optimization: Optimization
 
+    @abstractmethod
     def iterate(self, iteration: int) -> dict[str, float]:
         """One iteration (numbered from 0); its metrics, named as they are logged."""
-        raise NotImplementedError
 
     def sections(self) -> dict[str, Mapping[str, Tensor]]:
         """Tensors to keep in a checkpoint beside weights, optimizer, generators and data cursors."""
@@ -59,10 +60,10 @@ class Learner:
         """Numbers to keep in a checkpoint."""
         return {}
 
-    def restore(self, sections: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+    def restore(self, sections: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:  # noqa: B027 (nothing by default)
         """Continue from what ``sections`` and ``meta`` returned."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (nothing by default)
         """Release what the stage held."""
 
 

@@ -143,7 +143,9 @@ class SupervisedPolicy(Fitted, Protocol):
 
     horizon: int  # H, the actions an example needs
 
-    def supervised_loss(self, examples: Examples, generator: torch.Generator) -> Loss: ...
+    def supervised_loss(self, examples: Examples, generator: torch.Generator) -> Loss:
+        """The mean over the examples' real actions (``mask_BH``): micro-batches are weighted by how many they have."""
+        ...
 
 
 @runtime_checkable

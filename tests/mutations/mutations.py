@@ -7,6 +7,8 @@ but cannot say which side is right. Name the fastest first, and a test by hand b
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -160,4 +162,8 @@ OTHERS = (
     ),
 )  # fmt: skip
 
-MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS)
+_BEYOND = runpy.run_path(str(Path(__file__).with_name("beyond_numerics.py")))
+PI0 = tuple(Mutation(f"pi0: {name}", *rest, tests=tuple(tests.split())) for name, *rest, tests in _BEYOND["PI0"])
+CORE = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _BEYOND["CORE"])
+
+MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE)
