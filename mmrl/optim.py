@@ -1,4 +1,4 @@
-"""One optimizer step, done carefully: AdamW over named groups, a schedule, clipping, averaging, no update that is not finite.
+"""One optimizer step, done carefully: AdamW (or Muon) over named groups, a schedule, clipping, averaging, no update that is not finite.
 
 Everything numerical is a library's: ``torch.optim.AdamW``, ``torch.nn.utils`` for norms, ``torch.optim.swa_utils`` for the
 average, ``transformers.get_scheduler`` for the learning rate. What is added here is names: parameters are known as
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import ConfigDict, model_validator
@@ -23,6 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import get_scheduler
 
 from mmrl.errors import CheckpointError, ConfigError, TrainingError
+from mmrl.muon import MuonAdamW
 
 _CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 _NO_WARMUP = "constant"
@@ -48,10 +49,15 @@ class GroupConfig:
     """Peak learning rate of this group; 0 freezes it (None: the optimizer's ``lr``)."""
     weight_decay: float | None = None
     """Decoupled weight decay of this group (None: the optimizer's ``weight_decay``)."""
+    method: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the group's matrices, with a ``lr`` near 0.02; its other weights stay with AdamW, at the
+    optimizer's ``lr``."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         _require_at_least_zero(lr=self.lr, weight_decay=self.weight_decay)
+        if self.method == "muon" and self.lr is None:
+            raise ValueError("lr is missing: with method 'muon' a group needs one of its own, near 0.02")
         return self
 
 
@@ -138,7 +144,8 @@ class Optimization:
         self._config = config
         self._max_skipped = max_skipped
         self._named = {f"{group}/{i}": p for group, parameters in groups.items() for i, p in enumerate(parameters)}
-        self._optimizer = _adamw(config, groups)
+        self._optimizer = _optimizer(config, groups)
+        self._moments = _moment_names(self._named, self._optimizer)
         self._scheduler = _scheduler(config, self._optimizer, total_updates)
         self._averages: list[Tensor] = []
         if config.ema is not None:
@@ -155,7 +162,7 @@ class Optimization:
     @property
     def lr(self) -> dict[str, float]:
         """The learning rate of the next update, by group."""
-        return {group["name"]: float(group["lr"]) for group in self._optimizer.param_groups}
+        return {group["name"]: float(group["lr"]) for group in self._optimizer.param_groups if group["name"]}
 
     def zero_grad(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -226,7 +233,7 @@ class Optimization:
             parameter.copy_(value)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, meta) for ``load``: ``group/index/{step,exp_avg,exp_avg_sq,ema}``, and what fits in json.
+        """(tensors, meta) for ``load``: ``group/index/{step,exp_avg,exp_avg_sq,momentum_buffer,ema}``, and what fits in json.
 
         The tensors are the live ones, not copies. A parameter that never had a gradient has no moments.
         """
@@ -245,11 +252,13 @@ class Optimization:
         Raises CheckpointError, with nothing changed, where the tensors do not fit these parameters.
         """
         self._check_fits(tensors)
+        # torch numbers parameters in the order of its groups, which are not ours where Muon splits one
+        order = {id(p): i for i, p in enumerate(p for group in self._optimizer.param_groups for p in group["params"])}
         moments: dict[int, dict[str, Tensor]] = {}
-        for index, name in enumerate(self._named):
-            entries = {key: tensors[f"{name}/{key}"].clone() for key in _MOMENTS if f"{name}/{key}" in tensors}
+        for name, parameter in self._named.items():
+            entries = {key: tensors[f"{name}/{key}"].clone() for key in self._moments[name] if f"{name}/{key}" in tensors}
             if entries:
-                moments[index] = entries
+                moments[order[id(parameter)]] = entries
         self._optimizer.load_state_dict({"state": moments, "param_groups": self._optimizer.state_dict()["param_groups"]})
         for name, average in zip(self._named, self._averages, strict=False):
             average.copy_(tensors[f"{name}/ema"])
@@ -267,10 +276,10 @@ class Optimization:
             group["lr"] = rate
 
     def _check_fits(self, tensors: Mapping[str, Tensor]) -> None:
-        known = {f"{name}/{key}" for name in self._named for key in _MOMENTS}
+        known = {f"{name}/{key}" for name, keys in self._moments.items() for key in keys}
         averages = {f"{name}/ema" for name in self._named} if self._averages else set()
-        begun = {name for name in self._named if any(f"{name}/{key}" in tensors for key in _MOMENTS)}
-        needed = averages | {f"{name}/{key}" for name in begun for key in _MOMENTS}
+        begun = {name for name, keys in self._moments.items() if any(f"{name}/{key}" in tensors for key in keys)}
+        needed = averages | {f"{name}/{key}" for name in begun for key in self._moments[name]}
         unexpected, missing = sorted(tensors.keys() - known - averages), sorted(needed - tensors.keys())
         if unexpected or missing:
             problem = f"holds {unexpected[0]!r}" if unexpected else f"lacks {missing[0]!r}"
@@ -279,7 +288,7 @@ class Optimization:
                 f"(optimizer.ema: {self._config.ema}); resume with the config that wrote it"
             )
         for name, parameter in self._named.items():
-            for key in (*_MOMENTS[1:], "ema"):
+            for key in (*self._moments[name][1:], "ema"):
                 value = tensors.get(f"{name}/{key}")
                 if value is not None and value.shape != parameter.shape:
                     raise CheckpointError(
@@ -288,7 +297,9 @@ class Optimization:
                     )
 
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
+# The state of a parameter; the first is a number, the others have its shape.
+_ADAMW_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_MUON_MOMENTS = ("step", "momentum_buffer")
 
 
 def _require_at_least_zero(**values: float | None) -> None:
@@ -321,19 +332,30 @@ def _check_groups(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Para
             owner[id(parameter)] = name
 
 
-def _adamw(config: OptimizerConfig, groups: Mapping[str, list[nn.Parameter]]) -> torch.optim.AdamW:
+def _optimizer(config: OptimizerConfig, groups: Mapping[str, list[nn.Parameter]]) -> MuonAdamW:
+    """torch's groups carry our names; the vectors of a group whose matrices Muon has are a further one without a name."""
     described = []
     for name, parameters in groups.items():
         own = config.groups.get(name) or GroupConfig()
         lr = config.lr if own.lr is None else own.lr
-        weight_decay = config.weight_decay if own.weight_decay is None else own.weight_decay
-        described.append({"name": name, "params": parameters, "lr": lr, "weight_decay": weight_decay})
+        decay = {"weight_decay": config.weight_decay if own.weight_decay is None else own.weight_decay}
+        muon = own.method == "muon"
+        matrices = [p for p in parameters if p.dim() == 2] if muon else parameters
+        described.append({"name": name, "params": matrices, "lr": lr, "muon": muon, **decay})
+        if muon:
+            vectors = [p for p in parameters if p.dim() != 2]
+            described.append({"name": "", "params": vectors, "lr": config.lr, "muon": False, **decay})
     # Fused kernels exist for CPU and CUDA; on a small policy on CPU they are nine times as fast as the default loop.
     fused = all(p.device.type in ("cpu", "cuda") for parameters in groups.values() for p in parameters)
-    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)
+    return MuonAdamW(described, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)
 
 
-def _scheduler(config: OptimizerConfig, optimizer: torch.optim.AdamW, total_updates: int) -> LambdaLR:
+def _moment_names(named: Mapping[str, nn.Parameter], optimizer: MuonAdamW) -> dict[str, tuple[str, ...]]:
+    with_muon = {id(p) for group in optimizer.param_groups if group["muon"] for p in group["params"]}
+    return {name: _MUON_MOMENTS if id(p) in with_muon else _ADAMW_MOMENTS for name, p in named.items()}
+
+
+def _scheduler(config: OptimizerConfig, optimizer: MuonAdamW, total_updates: int) -> LambdaLR:
     extra = {} if config.min_lr_ratio is None else {"min_lr_rate": config.min_lr_ratio}
     scheduler = get_scheduler(config.schedule, optimizer, config.warmup, total_updates, scheduler_specific_kwargs=extra)
     if not isinstance(scheduler, LambdaLR):

@@ -43,6 +43,7 @@ from policies.pi0_parts.weights import (
     load_statistics,
     load_tokenizer,
     merged,
+    model_groups,
     save_heads,
 )
 
@@ -240,7 +241,7 @@ class Pi0(nn.Module):
 
     def trainable(self) -> dict[str, list[nn.Parameter]]:
         groups: dict[str, list[nn.Parameter]] = {
-            "actor": [p for p in self.model.parameters() if p.requires_grad],
+            **model_groups(self.model),
             "critic": [] if self.critic is None else list(self.critic.parameters()),
             "noise_head": [p for p in self.noise_head.parameters() if p.requires_grad],
         }

@@ -39,6 +39,9 @@ class PPO:
         """Discount per decision."""
         lam: float = Field(default=0.95, ge=0, le=1)
         """GAE's lambda."""
+        bootstrap_truncated: bool = True
+        """Whether the value of its last observation is added where a time limit ends an episode. True if the limit is an accident
+        of training; false if being done in time is the task: then hovering by the goal must not count as going to reach it."""
         normalize_advantages: bool = True
         """Standardise advantages over the whole rollout."""
         value_weight: float = Field(default=1.0, ge=0)
@@ -60,7 +63,7 @@ class PPO:
             rollout.rewards_TB,
             rollout.values_TB,
             rollout.next_values_TB,
-            rollout.terminated_TB,
+            rollout.terminated_TB if self.config.bootstrap_truncated else rollout.terminated_TB | rollout.truncated_TB,
             rollout.truncated_TB,
             gamma=self.config.gamma,
             lam=self.config.lam,

@@ -103,14 +103,38 @@ def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str
     return model
 
 
-def fan_in_init(model: nn.Module) -> None:
-    """std 1/sqrt(fan_in) for every linear layer: at widths near 100 transformers' default (std 0.02) hardly starts to learn."""
+def fan_in_init(model: PI0ForConditionalGeneration) -> None:
+    """Everything at the size of its inputs, because at widths near 100 transformers' default (std 0.02) hardly starts to learn.
+
+    std 1/sqrt(fan_in) for linear layers; 1/sqrt(width) for words, which Gemma multiplies by sqrt(width); 1/2 for the positions
+    of patches, which otherwise drown in the patches' mean colour.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             fan_in = module.weight[0].numel()
             nn.init.normal_(module.weight, std=1 / math.sqrt(fan_in))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    words, positions, _ = embedding_weights(model)
+    nn.init.normal_(words, std=1 / math.sqrt(words.shape[1]))
+    nn.init.normal_(positions, std=0.5)
+
+
+def embedding_weights(model: PI0ForConditionalGeneration) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    """The weights that turn words, patch positions and patches into vectors."""
+    vlm: Any = model.model.vlm
+    patches = vlm.vision_tower.embeddings
+    return vlm.get_input_embeddings().weight, patches.position_embedding.weight, patches.patch_embedding.weight
+
+
+def model_groups(model: PI0ForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
+    """The weights that learn: those of the embeddings apart from all others, because Muon is not for them."""
+    embeddings = {id(p) for p in embedding_weights(model)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return {
+        "actor": [p for p in trained if id(p) not in embeddings],
+        "embedding": [p for p in trained if id(p) in embeddings],
+    }
 
 
 def add_adapters(model: PI0ForConditionalGeneration, options: LoraOptions, seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,6 +79,19 @@ def test_advantages_equal_a_naive_sum_and_are_standardised_over_the_decisions_th
     assert normal.metrics["advantage_std"] == pytest.approx(std)
     left = (returns - r.values_TB)[r.valid_TB]
     assert normal.metrics["explained_variance"] == pytest.approx(1 - float(left.var() / returns[r.valid_TB].var()))
+
+
+def test_a_time_limit_that_is_part_of_the_task_ends_the_episode_for_good() -> None:
+    """With bootstrap_truncated: false the advantages are those of a rollout in which every truncation is a termination."""
+    r = rollout(9, 5)
+    ended = replace(r, terminated_TB=r.terminated_TB | r.truncated_TB, truncated_TB=torch.zeros_like(r.truncated_TB))
+    naive, returns = naive_advantages(ended, 0.9, 0.8)
+    fields = {"gamma": 0.9, "lam": 0.8, "normalize_advantages": False}
+    strict = ppo(**fields, bootstrap_truncated=False).advantages(r)
+    torch.testing.assert_close(strict.advantages_TB, naive, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(strict.returns_TB, returns, rtol=1e-12, atol=1e-12)
+    differs_TB = (strict.advantages_TB - ppo(**fields).advantages(r).advantages_TB).abs() > 1e-9
+    assert bool(differs_TB[r.truncated_TB].all())
 
 
 def huber(error: float, delta: float) -> float:

@@ -51,6 +51,8 @@ FULL = config(
     groups={"critic": GroupConfig(lr=0.2, weight_decay=0.3)}, schedule="cosine_with_min_lr", min_lr_ratio=0.1, warmup=3, ema=0.7
 )
 
+MUON = config(groups={"actor": GroupConfig(lr=0.02, method="muon")}, schedule="cosine", warmup=2, ema=0.7)
+
 
 def build(settings: OptimizerConfig, max_skipped: int = 10) -> tuple[Policy, Optimization]:
     policy = Policy()
@@ -123,7 +125,7 @@ def test_clipping_is_of_the_whole_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [config(), FULL, *(config(schedule=s, warmup=2) for s in ("linear", "inverse_sqrt", "polynomial"))]
+    "settings", [config(), FULL, MUON, *(config(schedule=s, warmup=2) for s in ("linear", "inverse_sqrt", "polynomial"))]
 )
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(settings: OptimizerConfig) -> None:
     unbroken, optimization = build(settings)
@@ -158,6 +160,26 @@ def test_the_state_names_moments_by_group_and_index() -> None:
     assert tensors.keys() == moments | {f"{name}/ema" for name in [*trained, "critic/2"]}
     assert tensors["critic/1/exp_avg"].shape == policy.critic.bias.shape
     assert meta == {"updates": 1, "skipped_in_a_row": 0, "skipped_total": 0}
+
+
+def test_muon_takes_the_matrices_of_its_group_and_adamw_the_rest() -> None:
+    policy, optimization = build(MUON)
+    train(policy, optimization, range(3))
+    tensors, _ = optimization.state()
+    adamw, muon = {"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum_buffer"}
+    kept = {name: {key.rpartition("/")[2] for key in tensors if key.startswith(f"{name}/")} - {"ema"} for name in sorted_names()}
+    assert kept == {"actor/0": muon, "actor/1": adamw, "actor/2": muon, "actor/3": adamw, "critic/0": adamw, "critic/1": adamw}
+    assert optimization.lr.keys() == {"actor", "critic"}
+    # Vectors of the group move at the optimizer's rate, as they do without Muon as long as the gradients are the same.
+    first, second = build(config()), build(config(groups={"actor": GroupConfig(lr=0.02, method="muon")}))
+    for twin, steps in (first, second):
+        train(twin, steps, range(1))
+    assert torch.equal(first[0].actor[0].bias, second[0].actor[0].bias)
+    assert not torch.equal(first[0].actor[0].weight, second[0].actor[0].weight)
+
+
+def sorted_names() -> list[str]:
+    return [f"actor/{i}" for i in range(4)] + ["critic/0", "critic/1"]
 
 
 def test_a_changed_learning_rate_takes_effect_on_resume() -> None:
@@ -289,6 +311,7 @@ def test_every_listed_schedule_runs_to_its_end(schedule: str) -> None:
         ({"ema": 1.0}, "ema is 1.0"),
         ({"learning_rate": 1.0}, "learning_rate"),
         ({"groups": {"actor": {"momentum": 1.0}}}, "momentum"),
+        ({"groups": {"actor": {"method": "muon"}}}, "lr is missing: with method 'muon'"),
     ],
 )
 def test_a_wrong_config_is_refused_in_a_sentence(wrong: dict[str, Any], sentence: str) -> None:

@@ -242,6 +242,41 @@ PI0: tuple[Row, ...] = (
 
 CORE: tuple[Row, ...] = (
     (
+        "ppo: a time limit is bootstrapped in any case",
+        "mmrl/algorithms/ppo.py",
+        "rollout.terminated_TB if self.config.bootstrap_truncated else rollout.terminated_TB | rollout.truncated_TB",
+        "rollout.terminated_TB",
+        "tests/algorithms/test_ppo.py::test_a_time_limit_that_is_part_of_the_task_ends_the_episode_for_good",
+    ),
+    (
+        "muon: no momentum",
+        "mmrl/muon.py",
+        "update = orthogonalize(gradient.lerp(momentum, MOMENTUM))",
+        "update = orthogonalize(gradient)",
+        "tests/core/test_muon.py::test_equals_torchs_muon_up_to_bfloat16",
+    ),
+    (
+        "muon: a wide matrix is scaled and not a tall one",
+        "mmrl/muon.py",
+        "math.sqrt(max(1, rows / columns))",
+        "math.sqrt(max(1, columns / rows))",
+        "tests/core/test_muon.py::test_equals_torchs_muon_up_to_bfloat16",
+    ),
+    (
+        "muon: its state is numbered in our order, not torch's",
+        "mmrl/optim.py",
+        "moments[order[id(parameter)]] = entries",
+        "moments[list(self._named).index(name)] = entries",
+        "tests/core/test_optim.py::test_a_resumed_run_equals_an_unbroken_one_bit_for_bit",
+    ),
+    (
+        "mixture: the generator is not saved",
+        "mmrl/data/mixture.py",
+        'self._generator.set_state(state["generator"])',
+        "pass",
+        "tests/core/test_mixture.py::test_a_reloaded_mixture_goes_on_as_if_nothing_had_happened",
+    ),
+    (
         "rollout: a cut episode is not bootstrapped",
         "mmrl/rollout.py",
         "last_values_B = _values_of(value, observation, running_B & ~(columns[-1].step.done_B), generator)",

@@ -95,7 +95,8 @@ def test_train_lora_moves_adapters_and_projections_alone(architecture: str, loss
 def test_trainable_names_each_trained_parameter_once(architecture: str, train: str) -> None:
     policy = tiny.build(architecture, train=train, sampler="flow_noise")
     groups = policy.trainable()
-    assert set(groups) == {"actor", "critic", "noise_head"}
+    embedding = {"embedding"} if train == "all" else set()  # frozen otherwise
+    assert set(groups) == {"actor", "critic", "noise_head"} | embedding
     listed = [id(p) for parameters in groups.values() for p in parameters]
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(p) for p in policy.parameters() if p.requires_grad}
