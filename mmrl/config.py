@@ -41,8 +41,8 @@ class CollectConfig(_Block):
 
     num_envs: PositiveInt
     """Environments that run in lock-step."""
-    decisions: PositiveInt
-    """Decisions of each environment per iteration."""
+    decisions: PositiveInt | None = None
+    """Decisions of each environment per iteration; null: as many as the longest episode takes."""
     auto_reset: bool | None = None
     """Whether an environment whose episode ended starts another within the iteration; null: unless whole episodes are judged."""
 

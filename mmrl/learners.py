@@ -99,10 +99,8 @@ class RolloutLearner(Learner):
         self._value = policy.value if "critic" in algorithm.needs else None
         reset = not algorithm.whole_episodes if config.collect.auto_reset is None else config.collect.auto_reset
         self._environment = setting.make_environment(config.collect.num_envs)
-        _check(setting, self._environment, reset)
-        self._collector = Collector(
-            self._environment, decisions=config.collect.decisions, group_size=algorithm.group_size, auto_reset=reset
-        )
+        decisions = _decisions(setting, self._environment, reset)
+        self._collector = Collector(self._environment, decisions=decisions, group_size=algorithm.group_size, auto_reset=reset)
         # Another seed of the run, and another stage, means other tasks.
         self._collector.next_task = derive_seed(setting.streams.seed, "tasks", setting.index) % 2**40 + 2**32
         self._generator = setting.streams.get("collect", setting.device)
@@ -176,18 +174,24 @@ def fit_statistics(policy: Any, source: ExampleSource) -> None:
         source.load_state_dict(cursor)
 
 
-def _check(setting: Setting, environment: Environment, reset: bool) -> None:
-    """Refuse what only the built environment and policy can tell does not fit together."""
+def _decisions(setting: Setting, environment: Environment, reset: bool) -> int:
+    """How many decisions a rollout has. Refuses what only the built environment and policy can tell does not fit together.
+
+    Without auto-reset a shorter rollout would cut all its episodes at the same place, and the values that stand in for what
+    follows would never be compared with a reward.
+    """
     algorithm, collect, target = setting.algorithm, setting.config.collect, setting.config.algorithm.target
     assert collect is not None
     key = f"{setting.where}.collect"
     if algorithm.whole_episodes and reset:
         raise ConfigError(f"'{key}.auto_reset' is true, but {target} judges whole episodes; set it to false")
     needed = -(-environment.max_steps // getattr(setting.policy, "execute", 1))
-    if algorithm.whole_episodes and collect.decisions < needed:
+    if not reset and (collect.decisions or needed) < needed:
+        why = f"{target} judges whole episodes" if algorithm.whole_episodes else "without auto_reset episodes are played whole"
         raise ConfigError(
-            f"'{key}.decisions' is {collect.decisions}, but {target} judges whole episodes, which may take {needed}; raise it"
+            f"'{key}.decisions' is {collect.decisions}, but {why}, which may take {needed}; raise it or leave it out"
         )
+    return collect.decisions or needed
 
 
 def _supervised(setting: Setting) -> SupervisedTerm | None:

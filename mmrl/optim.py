@@ -1,6 +1,6 @@
-"""One optimizer step, done carefully: AdamW (or Muon) over named groups, a schedule, clipping, averaging, no update that is not finite.
+"""One optimizer step, done carefully: AdamW or Muon over named groups, a schedule, clipping, averaging, only finite updates.
 
-Everything numerical is a library's: ``torch.optim.AdamW``, ``torch.nn.utils`` for norms, ``torch.optim.swa_utils`` for the
+All but Muon is a library's: ``torch.optim.AdamW``, ``torch.nn.utils`` for norms, ``torch.optim.swa_utils`` for the
 average, ``transformers.get_scheduler`` for the learning rate. What is added here is names: parameters are known as
 ``group/index`` (index in the order the policy lists them), so that state can be saved without pickle and restored exactly.
 """

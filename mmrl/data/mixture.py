@@ -12,7 +12,6 @@ from torch import Tensor
 from mmrl.component import Component
 from mmrl.data.demonstrations import concat
 from mmrl.protocols import DataContext, ExampleSource
-from mmrl.seeding import derive_seed
 from mmrl.types import Examples
 
 
@@ -39,7 +38,7 @@ class Mixture:
     def __init__(self, config: Config, *, context: DataContext) -> None:
         self._sources: list[ExampleSource] = [part.data.build(context=context) for part in config.parts]
         self._weights_P = torch.tensor([part.weight for part in config.parts], dtype=torch.float64)
-        self._generator = torch.Generator().manual_seed(derive_seed(context.seed, "mixture"))
+        self._generator = torch.Generator().manual_seed(context.seed)
 
     def batch(self, size: int) -> Examples:
         """``size`` examples, part by part (their order within a batch means nothing)."""

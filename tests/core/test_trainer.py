@@ -266,6 +266,16 @@ def test_every_key_of_the_configuration_is_read(tiny: Path, monkeypatch: pytest.
         assert block.model_fields.keys() - read[block] == set(), block.__name__
 
 
+def test_without_a_number_a_rollout_lasts_as_long_as_the_longest_episode(tiny: Path) -> None:
+    """8 actions in chunks of 3 are 3 decisions, after which every episode is over."""
+    settings = load(tiny, ["stages.improve.collect={auto_reset: false, decisions: null}", "stages.improve.iterations=1"])
+    run_dir = train(settings, tiny.parent / "runs" / "whole", Quiet())
+    (row,) = (row for row in tiny_run.rows(run_dir) if row["kind"] == "train" and row["stage"] == "improve")
+    assert row["rollout/episodes"] == 4 and row["rollout/length"] <= 8 and 4 <= row["rollout/decisions"] <= 4 * 3
+    failed = row["rollout/episodes"] * (1 - row["rollout/success"])
+    assert failed == 0 or row["rollout/decisions"] > 4 * 2  # the tiny policy hardly ever succeeds, and then it takes all three
+
+
 def test_a_run_needs_an_empty_folder(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("not to be lost")
     with pytest.raises(ConfigError, match="is not empty"):
@@ -278,6 +288,10 @@ LATE = {
     "episodes that do not fit": (
         [GRPO, "policy.critic=null", "stages.improve.collect.decisions=2"],
         "stages.improve.collect.decisions",
+    ),
+    "episodes all cut at one place": (
+        ["stages.improve.collect={auto_reset: false, decisions: 2}"],
+        "stages.improve.collect.decisions' is 2, but without auto_reset episodes are played whole, which may take 3",
     ),
     "groups cut by resets": ([GRPO, "policy.critic=null", "stages.improve.collect.auto_reset=true"], "collect.auto_reset"),
     "weights of another shape": (["stages.warm_start.policy={critic: null}"], "stages.improve.policy"),

@@ -242,6 +242,13 @@ PI0: tuple[Row, ...] = (
 
 CORE: tuple[Row, ...] = (
     (
+        "learner: a rollout may be shorter than its whole episodes",
+        "mmrl/learners.py",
+        "if not reset and (collect.decisions or needed) < needed:",
+        "if algorithm.whole_episodes and (collect.decisions or needed) < needed:",
+        "tests/core/test_trainer.py::test_what_only_building_can_tell_ends_in_a_sentence",
+    ),
+    (
         "ppo: a time limit is bootstrapped in any case",
         "mmrl/algorithms/ppo.py",
         "rollout.terminated_TB if self.config.bootstrap_truncated else rollout.terminated_TB | rollout.truncated_TB",
