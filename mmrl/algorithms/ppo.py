@@ -8,8 +8,8 @@ Schulman et al. 2017 (arXiv 1707.06347), GAE: Schulman et al. 2016 (arXiv 1506.0
 decision is one step (gamma per decision, the reward of a chunk is the sum over its actions), Huber delta 10, value clip 0.2.
 Departures from pi_RL: a truncated episode is bootstrapped from the value of its final observation inside GAE, not by adding to
 its reward; the value loss has a weight of its own. RLinf bootstraps only where episodes restart within a rollout; here
-``bootstrap_truncated`` says. It decides whether success within a limit is learned at all: with the bootstrap, hovering by the goal
-until time is up is worth gamma V, nearly as much as arriving, and that V is never compared with a reward.
+``bootstrap_truncated`` says. It decides whether success within a limit is learned at all: with the bootstrap, hovering by the
+goal until time is up is worth gamma V, nearly as much as arriving, and that V is never compared with a reward.
 """
 
 from __future__ import annotations
