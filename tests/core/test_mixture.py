@@ -76,10 +76,11 @@ def test_a_reloaded_mixture_goes_on_as_if_nothing_had_happened() -> None:
     source.batch(17)
     state = {key: value.clone() for key, value in source.state_dict().items()}
     assert set(state) == {"generator", "0.next", "1.next"}
-    expected = [seen(source.batch(size)) for size in (3, 20)]
+    sizes = (3, 20, 64, 64, 64)
+    expected = [seen(source.batch(size)) for size in sizes]
     twin.batch(5)
     twin.load_state_dict(state)
-    assert [seen(twin.batch(size)) for size in (3, 20)] == expected
+    assert [seen(twin.batch(size)) for size in sizes] == expected
 
 
 def test_another_seed_mixes_otherwise() -> None:
