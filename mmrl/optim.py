@@ -68,7 +68,7 @@ class OptimizerConfig:
     lr: float = 3e-4
     """Peak learning rate of every group that names none of its own."""
     groups: dict[str, GroupConfig | None] = field(default_factory=dict)
-    """Per parameter group (actor, critic, noise_head, ...: the policy names them) what differs; null: nothing."""
+    """Per parameter group (actor, embedding, critic, noise_head, ...: the policy names them) what differs; null: nothing."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of AdamW's first and second moment."""
     eps: float = 1e-8

@@ -8,6 +8,20 @@ Row = tuple[str, str, str, str, str]
 
 PI0: tuple[Row, ...] = (
     (
+        "positions start as small as transformers has them",
+        "policies/pi0_parts/weights.py",
+        "    nn.init.normal_(positions, std=0.5)\n",
+        "",
+        "tests/policies/test_pi0_training.py::test_random_weights_have_the_size_of_their_inputs",
+    ),
+    (
+        "patches belong to the actor",
+        "policies/pi0_parts/weights.py",
+        "embeddings = {id(p) for p in embedding_weights(model)}",
+        "embeddings = {id(p) for p in embedding_weights(model)[:2]}",
+        "tests/policies/test_pi0_training.py::test_words_positions_and_patches_are_the_embedding_group",
+    ),
+    (
         "last step trained anyway",
         "policies/pi0_parts/sampling.py",
         "self.steps - (0 if self.last_step else 1)",

@@ -103,6 +103,28 @@ def test_trainable_names_each_trained_parameter_once(architecture: str, train: s
     assert {id(p) for p in groups["critic"]} == {id(p) for p in policy.get_submodule("critic").parameters()}
 
 
+def test_words_positions_and_patches_are_the_embedding_group(architecture: str) -> None:
+    policy = tiny.build(architecture, train="all")
+    listed = {id(p) for p in policy.trainable()["embedding"]}
+    names = {name for name, p in policy.named_parameters() if id(p) in listed}
+    ends = ("embed_tokens.weight", "position_embedding.weight", "patch_embedding.weight")
+    assert sorted(end for name in names for end in ends if name.endswith(end)) == sorted(ends) and len(names) == 3
+    assert not any(".dit." in name for name in names)
+
+
+def test_random_weights_have_the_size_of_their_inputs(architecture: str) -> None:
+    policy = Pi0(tiny.config(architecture, weights="random"), device=tiny.CPU)
+    expected = {"embed_tokens.weight": None, "position_embedding.weight": 0.5, "down_proj.weight": None, "q_proj.weight": None}
+    seen = set()
+    for name, parameter in policy.model.named_parameters():
+        end = next((end for end in expected if name.endswith(end) and ".vlm." in name), None)
+        if end is not None:
+            std = expected[end] or parameter.shape[1] ** -0.5
+            assert float(parameter.detach().double().std()) == pytest.approx(std, rel=0.15), name
+            seen.add(end)
+    assert seen == expected.keys()
+
+
 @pytest.mark.parametrize(("sampler", "critic"), [("flow_sde", None), ("ode", None), ("cps", None)])
 def test_groups_that_cannot_learn_are_left_out(architecture: str, sampler: str, critic: None) -> None:
     assert set(tiny.build(architecture, sampler=sampler, critic=critic).trainable()) == {"actor"}
