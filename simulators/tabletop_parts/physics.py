@@ -6,7 +6,10 @@ onto whatever is below. Only exactly rounded operations are used, so a result do
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +28,18 @@ _SLACK = 0.03  # how far below a block's top a released block may be and still c
 _EPS = 1e-6
 
 
-def length(xy: Tensor) -> Tensor:
-    """Euclidean length over the last axis of size 2, as separately rounded operations."""
-    x, y = xy.unbind(-1)
-    return (x * x + y * y).sqrt()
+def length(vectors: Tensor, axes: int) -> Tensor:
+    """Euclidean length along the first ``axes`` entries of the last axis, as separately rounded operations."""
+    total, *others = (vectors * vectors).unbind(-1)[:axes]
+    for square in others:
+        total = total + square
+    return total.sqrt()
+
+
+@functools.cache
+def constant(values: Sequence[Any], device: torch.device) -> Tensor:
+    """These numbers as a tensor, made once: in a step of a few milliseconds even small copies count."""
+    return torch.tensor(values, device=device)
 
 
 @dataclass(frozen=True)
@@ -45,12 +56,16 @@ class Physics:
         executed_BA = state.queued_BA if self.domain.delayed else command_BA
         gripper_B3 = self._move(state, layout, executed_BA)
         closed_B = executed_BA[:, 3] > 0
-        held_B = self._grasp(state, gripper_B3, closed_B)
-        blocks_BK3 = _carry(state.blocks_BK3, gripper_B3, held_B)
-        free_BK = layout.present_BK & (torch.arange(blocks_BK3.shape[1], device=held_B.device) != held_B[:, None])
+        offset_BK3 = state.blocks_BK3 - gripper_B3[:, None]
+        distance_BK = length(offset_BK3, 2)
+        held_B = _grasp(state, offset_BK3[..., 2], distance_BK, closed_B)
+        mine_BK = constant(range(distance_BK.shape[1]), held_B.device) == held_B[:, None]
+        free_BK = layout.present_BK & ~mine_BK
         fist_B = closed_B & (held_B < 0)
-        xy_BK2 = self._push(blocks_BK3, gripper_B3, fist_B, layout.drift_B)
-        xy_BK2, z_BK = _settle(xy_BK2, blocks_BK3[..., 2], free_BK)
+        # A fist holds nothing, so what it pushes is still where it was.
+        shove_BK2 = self._shove(offset_BK3, distance_BK, fist_B, layout.drift_B)
+        blocks_BK3 = torch.where(mine_BK[..., None], gripper_B3[:, None], state.blocks_BK3)
+        xy_BK2, z_BK = _settle(blocks_BK3[..., :2] + shove_BK2, blocks_BK3[..., 2], free_BK)
         xy_BK2 = torch.where(free_BK[..., None], xy_BK2.clamp(BLOCK_RADIUS, 1 - BLOCK_RADIUS), xy_BK2)
         blocks_BK3 = torch.cat([xy_BK2, z_BK[..., None]], dim=-1)
         return State(gripper_B3, (~closed_B).float(), blocks_BK3, held_B, command_BA, state.step_B + 1)
@@ -69,43 +84,33 @@ class Physics:
         return self._displace(state.gripper_B3, motion_B3)
 
     def _displace(self, gripper_B3: Tensor, motion_B3: Tensor) -> Tensor:
-        moved_B3 = (gripper_B3 + motion_B3 * self.speed).clamp(min=0.0)
-        return torch.minimum(moved_B3, moved_B3.new_tensor((1.0, 1.0, CEILING)))
+        low_3, high_3 = constant(((0.0, 0.0, 0.0), (1.0, 1.0, CEILING)), gripper_B3.device)
+        return (gripper_B3 + motion_B3 * self.speed).clamp(low_3, high_3)
 
-    def _grasp(self, state: State, gripper_B3: Tensor, closed_B: Tensor) -> Tensor:
-        """The held slot after the fingers moved: an opening gripper loses it, a closing one takes the nearest block."""
-        closing_B = closed_B & (state.open_B > 0.5)
-        offset_BK3 = state.blocks_BK3 - gripper_B3[:, None]
-        distance_BK = length(offset_BK3[..., :2])
-        reachable_BK = (distance_BK < GRASP_RADIUS) & (offset_BK3[..., 2].abs() < GRASP_HEIGHT)
-        nearest_B = torch.where(reachable_BK, distance_BK, 9.0).argmin(1)
-        takes_B = closing_B & reachable_BK.any(1)
-        return torch.where(closed_B, torch.where(takes_B, nearest_B, state.held_B), -1)
-
-    def _push(self, blocks_BK3: Tensor, gripper_B3: Tensor, fist_B: Tensor, drift_B: Tensor) -> Tensor:
-        """Block positions in the plane after the closed gripper shoved those it overlaps: [B, K, 2]."""
-        offset_BK2 = blocks_BK3[..., :2] - gripper_B3[:, None, :2]
-        distance_BK = length(offset_BK2)
-        below_BK = gripper_B3[:, None, 2] < blocks_BK3[..., 2] + BLOCK_HEIGHT
+    def _shove(self, offset_BK3: Tensor, distance_BK: Tensor, fist_B: Tensor, drift_B: Tensor) -> Tensor:
+        """How far the closed gripper pushes the blocks it overlaps, in the plane: [B, K, 2]. Offsets: gripper to block."""
+        below_BK = offset_BK3[..., 2] > -BLOCK_HEIGHT
         depth_BK = torch.where(fist_B[:, None] & below_BK, (CONTACT - distance_BK).clamp(min=0.0), 0.0)
-        shove_BK2 = offset_BK2 * (depth_BK / (distance_BK + _EPS))[..., None] * self.domain.push_grip
+        shove_BK2 = offset_BK3[..., :2] * (depth_BK / (distance_BK + _EPS) * self.domain.push_grip)[..., None]
         if self.domain.push_drift > 0:
             sideways_BK2 = torch.stack([-shove_BK2[..., 1], shove_BK2[..., 0]], dim=-1)
             shove_BK2 = shove_BK2 + sideways_BK2 * (drift_B * self.domain.push_drift)[:, None, None]
-        return blocks_BK3[..., :2] + shove_BK2
+        return shove_BK2
 
 
-def _carry(blocks_BK3: Tensor, gripper_B3: Tensor, held_B: Tensor) -> Tensor:
-    mine_BK = torch.arange(blocks_BK3.shape[1], device=held_B.device) == held_B[:, None]
-    return torch.where(mine_BK[..., None], gripper_B3[:, None], blocks_BK3)
+def _grasp(state: State, above_BK: Tensor, distance_BK: Tensor, closed_B: Tensor) -> Tensor:
+    """The held slot after the fingers moved: an opening gripper loses it, a closing one takes the nearest block."""
+    reachable_BK = (distance_BK < GRASP_RADIUS) & (above_BK.abs() < GRASP_HEIGHT)
+    nearest_B = torch.where(reachable_BK, distance_BK, 9.0).argmin(1)
+    takes_B = (state.open_B > 0.5) & reachable_BK.any(1)
+    return torch.where(closed_B, torch.where(takes_B, nearest_B, state.held_B), -1)
 
 
 def _settle(xy_BK2: Tensor, z_BK: Tensor, free_BK: Tensor) -> tuple[Tensor, Tensor]:
     """Free blocks fall onto what is below them, and those that overlap on one level move apart (one relaxation step)."""
     offset_BKK2 = xy_BK2[:, :, None] - xy_BK2[:, None]
-    distance_BKK = length(offset_BKK2)
-    other_KK = ~torch.eye(z_BK.shape[1], dtype=torch.bool, device=z_BK.device)
-    pair_BKK = free_BK[:, :, None] & free_BK[:, None] & other_KK
+    distance_BKK = length(offset_BKK2, 2)
+    pair_BKK = free_BK[:, :, None] & free_BK[:, None] & _others(z_BK.shape[1], z_BK.device)
     top_BK = z_BK + BLOCK_HEIGHT
     lies_BKK = pair_BKK & (distance_BKK < SUPPORT_RADIUS) & (z_BK[:, :, None] > top_BK[:, None] - _SLACK)
     support_BK = torch.where(lies_BKK, top_BK[:, None], 0.0).amax(-1)
@@ -116,9 +121,15 @@ def _settle(xy_BK2: Tensor, z_BK: Tensor, free_BK: Tensor) -> tuple[Tensor, Tens
     return moved_BK2, torch.where(free_BK, support_BK, z_BK)
 
 
+@functools.cache
+def _others(k: int, device: torch.device) -> Tensor:
+    """[K, K]: whether two slots are different blocks."""
+    return ~torch.eye(k, dtype=torch.bool, device=device)
+
+
 def _sum_in_order(parts_BKK2: Tensor) -> Tensor:
     """Sum over the third axis one by one: a reduction kernel may choose its order by the batch size."""
-    total = parts_BKK2[:, :, 0]
-    for j in range(1, parts_BKK2.shape[2]):
-        total = total + parts_BKK2[:, :, j]
+    total, *others = parts_BKK2.unbind(2)
+    for part in others:
+        total = total + part
     return total

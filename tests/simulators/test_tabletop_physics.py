@@ -19,7 +19,7 @@ def scene(gripper: tuple[float, float, float], *blocks: tuple[float, float, floa
     env._state.gripper_B3[0] = torch.tensor(gripper)
     env._state.blocks_BK3[:] = -9.0
     env._layout.present_BK[:] = False
-    env._layout.zone_xy_B22[:] = -9.0
+    env._layout.zone_B23[..., :2] = -9.0
     for slot, place in enumerate(blocks):
         env._state.blocks_BK3[0, slot] = torch.tensor(place)
         env._layout.present_BK[0, slot] = True
