@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmrl.metrics import read
-from mmrl.numerics.statistics import mean_interval
+from mmrl.numerics.statistics import percent
 
 ROOT = Path(__file__).parent.parent
 ALGORITHMS = ("ppo_flow_sde", "ppo_flow_noise", "grpo_flow_sde", "grpo_flow_noise")
@@ -66,19 +66,12 @@ def main() -> None:
     for family in arguments.families:
         for algorithm in arguments.algorithms:
             runs = [summary(run_once(algorithm, family, seed, arguments.output.resolve(), overrides)) for seed in arguments.seeds]
-            cells = [_percent([run[key] for run in runs]) for key in ("sft", "rl")]
-            gain = _percent([run["rl"] - run["sft"] for run in runs])
+            cells = [percent([run[key] for run in runs]) for key in ("sft", "rl")]
+            gain = percent([run["rl"] - run["sft"] for run in runs])
             decisions, minutes = (sum(run[key] for run in runs) / len(runs) for key in ("decisions", "minutes"))
             table.add_row(family, algorithm, *cells, gain, f"{decisions:,.0f}", f"{minutes:.1f}", str(len(runs)))
     Console(width=140).print(table)
     print(f"{(time.perf_counter() - started) / 60:.0f} minutes in this call")
-
-
-def _percent(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{100 * values[0]:.1f} %"
-    mean, half = mean_interval([100 * value for value in values])
-    return f"{mean:.1f} ± {half:.1f} %"
 
 
 if __name__ == "__main__":
