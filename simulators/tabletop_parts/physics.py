@@ -1,7 +1,8 @@
 """How the table moves: quasi-static, one action at a time, for all environments at once.
 
-A closed gripper below a block's top pushes it; an open one straddles it. Closing around a block grasps it, opening drops it
-onto whatever is below. Only exactly rounded operations are used, so a result does not depend on the batch size.
+A closed gripper below a block's top pushes it along with its own motion, as a flat paddle does; an open one straddles it.
+Closing around a block grasps it, opening drops it onto whatever is below. Only exactly rounded operations are used, so a result
+does not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Physics:
         free_BK = layout.present_BK & ~mine_BK
         fist_B = closed_B & (held_B < 0)
         # A fist holds nothing, so what it pushes is still where it was.
-        shove_BK2 = self._shove(offset_BK3, distance_BK, fist_B, layout.drift_B)
+        motion_B2 = gripper_B3[:, :2] - state.gripper_B3[:, :2]
+        shove_BK2 = self._shove(offset_BK3, distance_BK, motion_B2, fist_B, layout.drift_B)
         blocks_BK3 = torch.where(mine_BK[..., None], gripper_B3[:, None], state.blocks_BK3)
         xy_BK2, z_BK = _settle(blocks_BK3[..., :2] + shove_BK2, blocks_BK3[..., 2], free_BK)
         xy_BK2 = torch.where(free_BK[..., None], xy_BK2.clamp(BLOCK_RADIUS, 1 - BLOCK_RADIUS), xy_BK2)
@@ -87,11 +89,20 @@ class Physics:
         low_3, high_3 = constant(((0.0, 0.0, 0.0), (1.0, 1.0, CEILING)), gripper_B3.device)
         return (gripper_B3 + motion_B3 * self.speed).clamp(low_3, high_3)
 
-    def _shove(self, offset_BK3: Tensor, distance_BK: Tensor, fist_B: Tensor, drift_B: Tensor) -> Tensor:
-        """How far the closed gripper pushes the blocks it overlaps, in the plane: [B, K, 2]. Offsets: gripper to block."""
-        below_BK = offset_BK3[..., 2] > -BLOCK_HEIGHT
-        depth_BK = torch.where(fist_B[:, None] & below_BK, (CONTACT - distance_BK).clamp(min=0.0), 0.0)
-        shove_BK2 = offset_BK3[..., :2] * (depth_BK / (distance_BK + _EPS) * self.domain.push_grip)[..., None]
+    def _shove(self, offset_BK3: Tensor, distance_BK: Tensor, motion_B2: Tensor, fist_B: Tensor, drift_B: Tensor) -> Tensor:
+        """How far the closed gripper pushes the blocks in its way, in the plane: [B, K, 2]. Offsets: from gripper to block.
+
+        A block is pushed along the motion until it is out of contact, so pushing is stable: off-centre contact does not turn
+        the block away. What the gripper has passed, or comes down on without moving in the plane, stays where it is.
+        """
+        way_B1 = length(motion_B2, 2)[:, None]
+        ahead_B2 = motion_B2 / (way_B1 + _EPS)
+        forward_BK, rest_BK = (offset_BK3[..., :2] * ahead_B2[:, None]).unbind(-1)
+        forward_BK = forward_BK + rest_BK
+        reach_BK = forward_BK * forward_BK + (CONTACT - distance_BK) * (CONTACT + distance_BK)  # contact^2 - way aside^2
+        met_BK = fist_B[:, None] & (offset_BK3[..., 2] > -BLOCK_HEIGHT) & (reach_BK > 0) & (forward_BK > -way_B1)
+        depth_BK = torch.where(met_BK, (reach_BK.sqrt() - forward_BK).clamp(min=0.0), 0.0) * self.domain.push_grip
+        shove_BK2 = ahead_B2[:, None] * depth_BK[..., None]
         if self.domain.push_drift > 0:
             sideways_BK2 = torch.stack([-shove_BK2[..., 1], shove_BK2[..., 0]], dim=-1)
             shove_BK2 = shove_BK2 + sideways_BK2 * (drift_B * self.domain.push_drift)[:, None, None]
