@@ -126,7 +126,9 @@ def play(environment: Environment, act: Act, task_ids_B: Tensor) -> list[Episode
         for action_B1A in act(observation).split(1, dim=1):
             step = environment.step(action_B1A)
             valid_B = running_B & step.valid_BC[:, 0].cpu()
-            moments.append(_Moment(observation.to(_CPU), action_B1A[:, 0].float().cpu(), step.rewards_BC[:, 0].float().cpu(), valid_B))
+            moments.append(
+                _Moment(observation.to(_CPU), action_B1A[:, 0].float().cpu(), step.rewards_BC[:, 0].float().cpu(), valid_B)
+            )
             success_B = torch.where(running_B, (step.metrics["success"] > 0.5).cpu(), success_B)
             terminated_B = torch.where(running_B, step.terminated_B.cpu(), terminated_B)
             running_B = running_B & ~step.done_B.cpu()

@@ -61,7 +61,9 @@ def _of_run(file: Path, overrides: Sequence[str], name: str | None) -> Statistic
     device = choose_device(config.device)
 
     def environment(num_envs: int, changes: Any) -> Any:
-        return build_environment(config, num_envs, device, (f"stages.{stage.name}.environment", stage.environment), (key, changes))
+        return build_environment(
+            config, num_envs, device, (f"stages.{stage.name}.environment", stage.environment), (key, changes)
+        )
 
     return component.build(context=DataContext(environment, 1, config.seed, torch.device("cpu")))
 

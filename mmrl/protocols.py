@@ -194,16 +194,16 @@ class StatisticsSource(Protocol):
     def statistics(self, advance: Advance) -> Mapping[str, Sequence[float]]:
         """``state_mean``, ``state_std``, ``state_q01``, ``state_q99`` and the same of ``actions``, a number per dimension.
 
-        std is the unbiased one, and 1 for a dimension that never changes. ``advance`` is told of the frames as they are read; every
-        frame is read twice. Without a state there are no entries for it.
+        std is the unbiased one, and 1 for a dimension that never changes. A set without states has no entries for them.
+        ``advance`` is told of the frames as they are read; every frame is read twice.
         """
         ...
 
 
 class EpisodeSink(Protocol):
-    """Keeps recorded episodes as a data set. Built as ``cls(config, folder, name=...)``; a context that removes what it wrote if it fails.
+    """Keeps recorded episodes as a data set. Built as ``cls(config, folder, name=...)``; name: of what was recorded.
 
-    ``folder`` appears, whole, when ``finish`` is called. name: of the robot or simulator that was recorded.
+    ``folder`` appears, whole, when ``finish`` is called; leaving the context without that removes everything.
     """
 
     def __enter__(self) -> EpisodeSink: ...

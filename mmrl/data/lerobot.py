@@ -103,9 +103,7 @@ class LeRobot:
             vectors = {key: features[key].shape for key in (self._config.state, self._config.action) if key is not None}
             return {
                 **vectors,
-                **{
-                    name: self._config.image_size or features[key].image_size for key, name in self._cameras(frames.data).items()
-                },
+                **{name: self._config.image_size or features[key].image_size for key, name in self._cameras(frames.data).items()},
             }
 
         first = shapes(self._sets[0])
@@ -131,7 +129,10 @@ class LeRobot:
         return self.examples(torch.randint(len(self), (size,), generator=self._generator))
 
     def examples(self, index_N: Tensor) -> Examples:
-        """The frames ``index_N`` (int64 [N], below ``len``), in that order; after an episode's end its last action repeats, masked."""
+        """The frames ``index_N`` (int64 [N], below ``len``), in that order.
+
+        After an episode's end its last action repeats and the mask is False.
+        """
         episode_N = torch.searchsorted(self._ends, index_N, right=True)
         moments = []
         for index, episode in zip(index_N.tolist(), episode_N.tolist(), strict=True):
@@ -228,5 +229,7 @@ def _instruction(moment: _Moment) -> str:
     frames, entry, time = moment
     task = int(frames.numbers(entry, "task_index", time, time + 1))
     if task not in frames.data.tasks:
-        raise DataError(f"{entry.data}: episode {entry.index} has task {task}, which meta/ does not name; copy the data set again")
+        raise DataError(
+            f"{entry.data}: episode {entry.index} has task {task}, which meta/ does not name; copy the data set again"
+        )
     return frames.data.tasks[task]

@@ -127,9 +127,7 @@ def read(root: Path) -> DataSet:
     info = _json(info_file, info_file.read_text())
     with _described(info_file):
         version = info["codebase_version"]
-        features = {
-            key: Feature(key, f["dtype"], tuple(f["shape"]), f.get("names")) for key, f in info["features"].items()
-        }
+        features = {key: Feature(key, f["dtype"], tuple(f["shape"]), f.get("names")) for key, f in info["features"].items()}
         fps, splits = float(info["fps"]), dict(info.get("splits") or {})
     if version not in _LAYOUTS:
         raise DataError(f"{info_file}: the format is {version}, read are {' and '.join(_LAYOUTS)}; convert it with lerobot")

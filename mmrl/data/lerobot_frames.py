@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from av.error import FFmpegError
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -53,13 +54,11 @@ class Frames:
     sizes: camera key -> (height, width) to resize to, None for as they are. budget: bytes of the caches together.
     """
 
-    def __init__(
-        self, data: DataSet, numbers: Sequence[str], sizes: Mapping[str, tuple[int, int] | None], budget: int
-    ) -> None:
+    def __init__(self, data: DataSet, numbers: Sequence[str], sizes: Mapping[str, tuple[int, int] | None], budget: int) -> None:
         self.data, self._sizes = data, sizes
         self._numbers = [*dict.fromkeys((*numbers, "episode_index", "frame_index", "task_index", "timestamp"))]
-        for key in (*self._numbers, *sizes):
-            if data.feature(key).is_camera != (key in sizes):
+        for key, wants_camera in [*((key, False) for key in self._numbers), *((key, True) for key in sizes)]:
+            if data.feature(key).is_camera != wants_camera:
                 raise DataError(f"{data.root}: {key!r} is {data.feature(key).dtype}; give cameras and numbers where each belongs")
         # Rows are small, pictures are not: a quarter of the memory is plenty for them.
         self._rows, self._pictures = Cache(budget // 4), Cache(budget - budget // 4)
@@ -89,7 +88,9 @@ class Frames:
             found = sorted(set(indices_N.tolist()))[:3]
             raise DataError(f"{entry.data}: holds episode {found} where episode {entry.index} should be; {_AGAIN}")
         if not torch.equal(self._slice(entry, "frame_index", 0, entry.length)[:, 0], torch.arange(entry.length)):
-            raise DataError(f"{entry.data}: the frames of episode {entry.index} are not numbered 0 to {entry.length - 1}; {_AGAIN}")
+            raise DataError(
+                f"{entry.data}: the frames of episode {entry.index} are not numbered 0 to {entry.length - 1}; {_AGAIN}"
+            )
 
     def _groups(self, entry: Entry, first: int, last: int) -> list[tuple[int, int, int]]:
         """The row groups that hold the file's rows [first, last): (number, first row within it, last row)."""
@@ -188,7 +189,7 @@ class Frames:
                     if picture.time < seconds + 0.5 / fps:
                         return self._right_size(entry, key, torch.from_numpy(picture.to_ndarray(format="rgb24")), span.file)
                     break
-        except (av.error.FFmpegError, IndexError) as error:
+        except (FFmpegError, IndexError) as error:
             raise DataError(f"{span.file}: cannot be decoded at frame {frame} of episode {entry.index}; {_AGAIN}") from error
         raise DataError(f"{span.file}: has no picture at {seconds:.3f} s, frame {frame} of episode {entry.index}; {_AGAIN}")
 

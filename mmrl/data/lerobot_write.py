@@ -20,6 +20,7 @@ import av
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from av.error import FFmpegError
 from PIL import Image
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -40,7 +41,13 @@ _CODECS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 }
 _SCALARS = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_()}
 _PICTURE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-_OWN = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # columns of every set, which follow the recorded ones
+_OWN = (
+    "timestamp",
+    "frame_index",
+    "episode_index",
+    "index",
+    "task_index",
+)  # columns of every set, which follow the recorded ones
 
 
 class LeRobotWriter:
@@ -83,7 +90,7 @@ class LeRobotWriter:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        with contextlib.suppress(OSError, ValueError, av.error.FFmpegError, pa.ArrowException):  # what failed is known already
+        with contextlib.suppress(OSError, ValueError, FFmpegError, pa.ArrowException):  # what failed is known already
             self._close()
         shutil.rmtree(self._writing, ignore_errors=True)
 
@@ -313,6 +320,7 @@ class _Videos(_Numbered):
     """The episodes of one camera, one after the other in mp4 files."""
 
     _output: Any = None
+    _stream: Any = None
 
     def __init__(self, root: Path, key: str, config: LeRobotWriter.Config) -> None:
         pattern = VIDEO_PATH.replace("{video_key}", key)
@@ -416,5 +424,10 @@ def _pixel_statistics(counts_3V: Tensor, pictures: int) -> dict[str, Any]:
         "std": ((counts_3V * (value_V - mean_3[:, None]).square()).sum(1) / total_3).sqrt(),
     }
     for name, level in _LEVELS.items():
-        found[name] = value_V[torch.searchsorted(ends_3V, (level * (total_3 - 1)).long()[:, None], right=True)[:, 0]]
+        place_3 = level * (total_3 - 1).double()
+        below_3, above_3 = (
+            value_V[torch.searchsorted(ends_3V, rank_3.long()[:, None], right=True)[:, 0]]
+            for rank_3 in (place_3.floor(), place_3.ceil())
+        )
+        found[name] = below_3 + (place_3 - place_3.floor()) * (above_3 - below_3)
     return {**{name: [[[float(x)]] for x in values] for name, values in found.items()}, "count": [pictures]}
