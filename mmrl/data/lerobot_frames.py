@@ -64,33 +64,28 @@ class Frames:
         self._rows, self._pictures = Cache(budget // 4), Cache(budget - budget // 4)
         self._tables = Cache(_OPEN_FILES, lambda file: file[0].close())
         self._videos = Cache(_OPEN_FILES, lambda container: container.close())
-        self._checked: set[int] = set()
 
     # -- numbers -----------------------------------------------------------------------------------------------------------
 
     def numbers(self, entry: Entry, key: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Column ``key`` of the episode's frames [first, last): [N, D], float32 or int64."""
-        if entry.index not in self._checked:
-            self._check(entry)
-            self._checked.add(entry.index)
-        return self._slice(entry, key, first, entry.length if last is None else last)
+        """Column ``key`` of the episode's frames [first, last), all by default: [N, D], float32 or int64."""
+        return self._rows.get(entry.index, lambda: self._episode(entry))[key][first:last]
 
-    def _slice(self, entry: Entry, key: str, first: int, last: int) -> Tensor:
-        parts = []
-        for group, start, end in self._groups(entry, entry.first_row + first, entry.first_row + last):
-            parts.append(self._row_group(entry, group)[key][start:end])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _check(self, entry: Entry) -> None:
-        """Whether the rows where the episode should be are the episode's."""
-        indices_N = self._slice(entry, "episode_index", 0, entry.length)[:, 0]
+    def _episode(self, entry: Entry) -> tuple[Mapping[str, Tensor], int]:
+        """Every column of one episode, and how many bytes they are."""
+        groups = self._groups(entry, entry.first_row, entry.first_row + entry.length)
+        parts = [{key: column[i:j] for key, column in self._row_group(entry, group).items()} for group, i, j in groups]
+        # A copy, so that a part does not keep a large row group in memory.
+        columns = {key: torch.cat([part[key] for part in parts]) for key in self._numbers}
+        indices_N, frames_N = columns["episode_index"][:, 0], columns["frame_index"][:, 0]
         if not bool((indices_N == entry.index).all()):
             found = sorted(set(indices_N.tolist()))[:3]
             raise DataError(f"{entry.data}: holds episode {found} where episode {entry.index} should be; {_AGAIN}")
-        if not torch.equal(self._slice(entry, "frame_index", 0, entry.length)[:, 0], torch.arange(entry.length)):
+        if not torch.equal(frames_N, torch.arange(entry.length)):
             raise DataError(
                 f"{entry.data}: the frames of episode {entry.index} are not numbered 0 to {entry.length - 1}; {_AGAIN}"
             )
+        return columns, sum(column.nbytes for column in columns.values())
 
     def _groups(self, entry: Entry, first: int, last: int) -> list[tuple[int, int, int]]:
         """The row groups that hold the file's rows [first, last): (number, first row within it, last row)."""
@@ -126,7 +121,7 @@ class Frames:
         def load() -> tuple[Any, int]:
             file, _ = self._table(entry)
             with reading(entry.data, f"episode {entry.index}"):
-                table = file.read_row_group(group, columns=self._numbers)
+                table = file.read_row_group(group, columns=self._numbers, use_threads=False)
             columns = {key: self._column(entry, table[key], self.data.features[key]) for key in self._numbers}
             return columns, sum(column.nbytes for column in columns.values())
 
@@ -164,7 +159,7 @@ class Frames:
         def load() -> tuple[Any, int]:
             file, _ = self._table(entry)
             with reading(entry.data, f"episode {entry.index}"):
-                column = file.read_row_group(group, columns=[key])[key]
+                column = file.read_row_group(group, columns=[key], use_threads=False)[key]
             return column, column.nbytes
 
         stored = self._rows.get((entry.data, group, key), load)[row].as_py()

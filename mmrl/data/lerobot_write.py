@@ -331,13 +331,12 @@ class _Videos(_Numbered):
         """Encode an episode; where it is, as its entry says it."""
         if self._output is not None and self._full():
             self.close()
-        if self._output is None:
-            self._begin(*images_THW3.shape[1:3])
+        output = self._output or self._begin(*images_THW3.shape[1:3])
         start = self._frames
         for image_HW3 in images_THW3:
             picture = av.VideoFrame.from_ndarray(image_HW3.contiguous().numpy(), format="rgb24")
             picture.pts, picture.time_base = self._frames, Fraction(1, self._config.fps)
-            self._output.mux(self._stream.encode(picture))
+            output.mux(self._stream.encode(picture))
             self._frames += 1
         return {
             f"videos/{self._key}/chunk_index": self.chunk,
@@ -346,16 +345,17 @@ class _Videos(_Numbered):
             f"videos/{self._key}/to_timestamp": self._frames / self._config.fps,
         }
 
-    def _begin(self, height: int, width: int) -> None:
+    def _begin(self, height: int, width: int) -> Any:
         encoder, options = _CODECS[self._config.codec]
         self._output = av.open(str(self._next()), "w")
         self._stream = self._output.add_stream(encoder, rate=self._config.fps)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         self._stream.options = {**options, "crf": str(self._config.crf)}
         self._frames = 0
+        return self._output
 
     def close(self) -> None:
-        if self._output is not None:
+        if self._output is not None and self._stream is not None:
             self._output.mux(self._stream.encode(None))
             self._output.close()
             self._output = None
