@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -203,7 +204,7 @@ class LeRobotWriter:
 
     def _open(self) -> None:
         self._data = _Parquet(self._writing, DATA_PATH, self._config.data_file_mb)
-        self._episode_file = _Parquet(self._writing, EPISODES_PATH, self._config.data_file_mb * 2**20)  # one file
+        self._episode_file = _Parquet(self._writing, EPISODES_PATH, None)
         for key, feature in self._features.items():
             if feature["dtype"] == "video":
                 self._videos[key] = _Videos(self._writing, key, self._config)
@@ -279,10 +280,10 @@ class LeRobotWriter:
 
 
 class _Numbered:
-    """Files chunk-000/file-000, file-001, ..., of which the next begins once one has its size."""
+    """Files chunk-000/file-000, file-001, ..., of which the next begins once one has ``limit_mb``; None: a single one."""
 
-    def __init__(self, root: Path, pattern: str, limit_mb: int) -> None:
-        self._root, self._pattern, self._limit = root, pattern, limit_mb * 2**20
+    def __init__(self, root: Path, pattern: str, limit_mb: int | None) -> None:
+        self._root, self._pattern, self._limit = root, pattern, math.inf if limit_mb is None else limit_mb * 2**20
         self.chunk, self.file = 0, -1
         self.files: list[Path] = []
 
@@ -395,7 +396,7 @@ def _png(image_HW3: Tensor) -> bytes:
 
 def _numbers(column: Any, dim: int) -> Tensor:
     flat = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
-    return torch.from_numpy(flat.to_numpy(zero_copy_only=False).copy()).reshape(-1, dim).float()
+    return torch.from_numpy(flat.to_numpy(zero_copy_only=False).copy()).reshape(-1, dim).double()
 
 
 def _entry(moments: Moments, quantiles_QD: Tensor) -> dict[str, Any]:
