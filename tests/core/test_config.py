@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from mmrl.collecting import CollectionConfig
 from mmrl import component, config
+from mmrl.collecting import CollectionConfig
 from mmrl.component import Component
 from mmrl.describe import describe
 from mmrl.errors import ConfigError, RegistryError
