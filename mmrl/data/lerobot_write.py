@@ -296,7 +296,8 @@ class _Numbered:
         return self.files[-1]
 
     def _full(self) -> bool:
-        return bool(self.files) and self.files[-1].stat().st_size >= self._limit
+        # An encoder may hold its first pictures back, and until it lets them go there is no file.
+        return self.files[-1].is_file() and self.files[-1].stat().st_size >= self._limit
 
 
 class _Parquet(_Numbered):

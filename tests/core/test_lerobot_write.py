@@ -169,6 +169,15 @@ def test_large_sets_are_spread_over_files(storage: str, tmp_path: Path) -> None:
     assert float((wanted[1].float() - wanted[0].float()).abs().mean()) > 80
 
 
+def test_an_encoder_that_looks_far_ahead_loses_nothing(tmp_path: Path) -> None:
+    large = (64, 64)
+    folder = write(tmp_path / "mine", [episode(i, large) for i in range(3)], storage="video", codec="av1", crf=10)
+    source = sets.source(folder)
+    pictures = torch.cat([episode(i, large).observation.images["front"] for i in range(3)])
+    difference = source.examples(torch.arange(16)).observation.images["front"].int() - pictures.int()
+    assert int(difference.abs().max()) <= 16
+
+
 def test_many_entries_are_written_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmrl.data.lerobot_write._ENTRIES_AT_ONCE", 2)
     folder = write(tmp_path / "mine", [episode(i) for i in range(5)], storage="image")
