@@ -5,7 +5,8 @@
 The set is made of the tabletop expert's episodes, 64x64 pixels, and stays in FOLDER if one is given. Every sample is a picture, a
 state and a chunk of 8 actions of a frame drawn from the whole set. "RSS" is the memory of this process: before the set is opened,
 after it is, and after the measurement; of what is added, the caches may hold ``--cache`` MiB. "raw" is what the pictures of the
-whole set would take. "first" is the speed of the first batches, with nothing in the caches.
+whole set would take. "first" is the speed of the first batches, with nothing in the caches. "cpu" is processor time over wall
+time: well below 1, it says that other programs had the processor.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def rss() -> float:
 
 
 def measure(folder: Path, batch: int, seconds: float, cache_mb: int) -> tuple[int, list[float]]:
-    """Frames; RSS before, opened and after, samples/s at first and over the whole time."""
+    """Frames; RSS before, opened and after, samples/s at first and over the whole time, cpu share."""
     before = rss()
 
     def none(num_envs: int, changes: object) -> Tabletop:
@@ -61,12 +62,12 @@ def measure(folder: Path, batch: int, seconds: float, cache_mb: int) -> tuple[in
     config = LeRobot.Config(path=str(folder), cache_mb=cache_mb)
     source = LeRobot(config, context=DataContext(none, HORIZON, 0, torch.device("cpu")))
     opened = rss()
-    samples, first, start = 0, 0.0, time.perf_counter()
+    samples, first, start, cpu = 0, 0.0, time.perf_counter(), time.process_time()
     while (spent := time.perf_counter() - start) < seconds:
         source.batch(batch)
         samples += batch
-        first = first or (samples / (time.perf_counter() - start) if samples >= 8 * batch else 0.0)
-    return len(source), [before, opened, rss(), first, samples / spent]
+        first = first or (samples / (time.perf_counter() - start) if samples >= 4 * batch else 0.0)
+    return len(source), [before, opened, rss(), first, samples / spent, (time.process_time() - cpu) / spent]
 
 
 def size(folder: Path) -> float:
@@ -89,14 +90,17 @@ def main() -> None:
             if not folder.exists():
                 write(folder, storage, arguments.frames)
         print(f"batches of {arguments.batch}, caches of {arguments.cache} MiB, one thread")
-        print("storage    frames   disk MiB   raw MiB   RSS before   opened   after   samples/s first     all")
+        print("storage    frames   disk MiB   raw MiB   RSS before   opened   after   samples/s first     all   cpu")
         for storage in ("video", "image"):
             folder = root / f"tabletop-{storage}-{arguments.frames}"
             frames, numbers = measure(folder, arguments.batch, arguments.seconds, arguments.cache)
-            before, opened, after, first, rate = numbers
+            before, opened, after, first, rate, share = numbers
             raw = frames * 64 * 64 * 3 / MIB
             memory = f"{before:12.0f} {opened:8.0f} {after:7.0f}"
-            print(f"{storage:9s} {frames:7d} {size(folder):10.1f} {raw:9.0f} {memory} {first:17.0f} {rate:7.0f}", flush=True)
+            print(
+                f"{storage:9s} {frames:7d} {size(folder):10.1f} {raw:9.0f} {memory} {first:17.0f} {rate:7.0f} {share:5.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

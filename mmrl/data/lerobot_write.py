@@ -38,7 +38,7 @@ _ENTRIES_AT_ONCE = 100
 # A key picture at least every second frame, as LeRobot has it, so that any frame is found fast.
 _CODECS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "h264": ("libx264", {"g": "2", "bf": "0", "preset": "veryfast"}),
-    "av1": ("libsvtav1", {"g": "2", "preset": "10"}),
+    "av1": ("libsvtav1", {"g": "2", "preset": "8"}),
 }
 _SCALARS = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_()}
 _PICTURE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
