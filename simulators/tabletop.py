@@ -110,6 +110,7 @@ class Tabletop:
         self._video = Painter(self._domain, 192, self.device)
         self._instructions: list[str] = []
         self._restart(torch.zeros(num_envs, dtype=torch.int64, device=self.device))
+        self._verdict = self._judge(self._state)
         self._done_B = torch.ones(num_envs, dtype=torch.bool, device=self.device)
 
     def reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Observation:
@@ -187,8 +188,8 @@ class Tabletop:
         self._layout, self._state = self._sampler.sample(task_B)
         measure_start(self._layout, self._state)
         self._instructions = self._sampler.instructions(self._layout)
-        self._palette_BP = palette(self._domain, self._layout.light_B)
-        self._verdict = self._judge(self._state)
+        if self._cameras:
+            self._palette_BP = palette(self._domain, self._layout.light_B)
         self._done_B = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
 
     def _restart_some(self, task_B: Tensor, index_M: Tensor) -> None:
@@ -196,7 +197,8 @@ class Tabletop:
         measure_start(layout, state)
         write_rows(self._layout, layout, index_M)
         write_rows(self._state, state, index_M)
-        self._palette_BP[index_M] = palette(self._domain, layout.light_B)
+        if self._cameras:
+            self._palette_BP[index_M] = palette(self._domain, layout.light_B)
         for slot, sentence in zip(index_M.tolist(), self._sampler.instructions(layout), strict=True):
             self._instructions[slot] = sentence
         self._done_B = self._done_B.index_fill(0, index_M, False)

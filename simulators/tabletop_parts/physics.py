@@ -29,12 +29,17 @@ _SLACK = 0.03  # how far below a block's top a released block may be and still c
 _EPS = 1e-6
 
 
-def length(vectors: Tensor, axes: int) -> Tensor:
-    """Euclidean length along the first ``axes`` entries of the last axis, as separately rounded operations."""
+def squared(vectors: Tensor, axes: int) -> Tensor:
+    """Squared Euclidean length along the first ``axes`` entries of the last axis, as separately rounded operations."""
     total, *others = (vectors * vectors).unbind(-1)[:axes]
     for square in others:
         total = total + square
-    return total.sqrt()
+    return total
+
+
+def length(vectors: Tensor, axes: int) -> Tensor:
+    """The root of ``squared``."""
+    return squared(vectors, axes).sqrt()
 
 
 @functools.cache
@@ -58,14 +63,14 @@ class Physics:
         gripper_B3 = self._move(state, layout, executed_BA)
         closed_B = executed_BA[:, 3] > 0
         offset_BK3 = state.blocks_BK3 - gripper_B3[:, None]
-        distance_BK = length(offset_BK3, 2)
-        held_B = _grasp(state, offset_BK3[..., 2], distance_BK, closed_B)
-        mine_BK = constant(range(distance_BK.shape[1]), held_B.device) == held_B[:, None]
+        square_BK = squared(offset_BK3, 2)
+        held_B = _grasp(state, offset_BK3[..., 2], square_BK, closed_B)
+        mine_BK = constant(range(square_BK.shape[1]), held_B.device) == held_B[:, None]
         free_BK = layout.present_BK & ~mine_BK
         fist_B = closed_B & (held_B < 0)
         # A fist holds nothing, so what it pushes is still where it was.
         motion_B2 = gripper_B3[:, :2] - state.gripper_B3[:, :2]
-        shove_BK2 = self._shove(offset_BK3, distance_BK, motion_B2, fist_B, layout.drift_B)
+        shove_BK2 = self._shove(offset_BK3, square_BK, motion_B2, fist_B, layout.drift_B)
         blocks_BK3 = torch.where(mine_BK[..., None], gripper_B3[:, None], state.blocks_BK3)
         xy_BK2, z_BK = _settle(blocks_BK3[..., :2] + shove_BK2, blocks_BK3[..., 2], free_BK)
         xy_BK2 = torch.where(free_BK[..., None], xy_BK2.clamp(BLOCK_RADIUS, 1 - BLOCK_RADIUS), xy_BK2)
@@ -89,7 +94,7 @@ class Physics:
         low_3, high_3 = constant(((0.0, 0.0, 0.0), (1.0, 1.0, CEILING)), gripper_B3.device)
         return (gripper_B3 + motion_B3 * self.speed).clamp(low_3, high_3)
 
-    def _shove(self, offset_BK3: Tensor, distance_BK: Tensor, motion_B2: Tensor, fist_B: Tensor, drift_B: Tensor) -> Tensor:
+    def _shove(self, offset_BK3: Tensor, square_BK: Tensor, motion_B2: Tensor, fist_B: Tensor, drift_B: Tensor) -> Tensor:
         """How far the closed gripper pushes the blocks in its way, in the plane: [B, K, 2]. Offsets: from gripper to block.
 
         A block is pushed along the motion until it is out of contact, so pushing is stable: off-centre contact does not turn
@@ -99,7 +104,7 @@ class Physics:
         ahead_B2 = motion_B2 / (way_B1 + _EPS)
         forward_BK, rest_BK = (offset_BK3[..., :2] * ahead_B2[:, None]).unbind(-1)
         forward_BK = forward_BK + rest_BK
-        reach_BK = forward_BK * forward_BK + (CONTACT - distance_BK) * (CONTACT + distance_BK)  # contact^2 - way aside^2
+        reach_BK = forward_BK * forward_BK + (CONTACT**2 - square_BK)  # contact^2 - way aside^2
         met_BK = fist_B[:, None] & (offset_BK3[..., 2] > -BLOCK_HEIGHT) & (reach_BK > 0) & (forward_BK > -way_B1)
         depth_BK = torch.where(met_BK, (reach_BK.sqrt() - forward_BK).clamp(min=0.0), 0.0) * self.domain.push_grip
         shove_BK2 = ahead_B2[:, None] * depth_BK[..., None]
@@ -109,11 +114,11 @@ class Physics:
         return shove_BK2
 
 
-def _grasp(state: State, above_BK: Tensor, distance_BK: Tensor, closed_B: Tensor) -> Tensor:
+def _grasp(state: State, above_BK: Tensor, square_BK: Tensor, closed_B: Tensor) -> Tensor:
     """The held slot after the fingers moved: an opening gripper loses it, a closing one takes the nearest block."""
-    reachable_BK = (distance_BK < GRASP_RADIUS) & (above_BK.abs() < GRASP_HEIGHT)
-    nearest_B = torch.where(reachable_BK, distance_BK, 9.0).argmin(1)
-    takes_B = (state.open_B > 0.5) & reachable_BK.any(1)
+    reachable_BK = (square_BK < GRASP_RADIUS**2) & (above_BK.abs() < GRASP_HEIGHT)
+    least_B, nearest_B = torch.where(reachable_BK, square_BK, 9.0).min(1)
+    takes_B = (state.open_B > 0.5) & (least_B < GRASP_RADIUS**2)
     return torch.where(closed_B, torch.where(takes_B, nearest_B, state.held_B), -1)
 
 

@@ -6,6 +6,7 @@ The workspace is [0, 1] x [0, 1], heights go up to CEILING. Absent objects stand
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
@@ -183,16 +184,25 @@ class Sampler:
     def instructions(self, layout: Layout) -> list[str]:
         """The sentence of each episode."""
         columns: Sequence[list[int]] = [
-            t.tolist() for t in (layout.family_B, layout.template_B, layout.stacked_B.long(), layout.zone_colour_B2[:, 0])
+            t.tolist()
+            for t in (
+                layout.family_B,
+                layout.template_B,
+                layout.stacked_B.long(),
+                layout.zone_colour_B2[:, 0],
+                *layout.combination_BK[:, :NAMED].unbind(1),
+            )
         ]
-        rows = zip(*columns, layout.combination_BK[:, :NAMED].tolist(), strict=True)
-        return [self._sentence(*row) for row in rows]
+        return [
+            _sentence(self.templates[family][template], family, *row) for family, template, *row in zip(*columns, strict=True)
+        ]
 
-    def _sentence(self, family: int, template: int, stacked: int, zone_colour: int, named: list[int]) -> str:
-        first, second = (block_name(*divmod(combination, len(SHAPES))) for combination in named)
-        zone = COLOURS[zone_colour]
-        other = f"{zone} tray" if family == PICK_PLACE and not stacked else second
-        return self.templates[family][template].format(a=first, b=other, z=zone)
+
+@functools.cache
+def _sentence(template: str, family: int, stacked: int, zone_colour: int, first: int, second: int) -> str:
+    a, b = (block_name(*divmod(combination, len(SHAPES))) for combination in (first, second))
+    z = COLOURS[zone_colour]
+    return template.format(a=a, b=f"{z} tray" if family == PICK_PLACE and not stacked else b, z=z)
 
 
 def _on_the_table(xy: Tensor) -> Tensor:

@@ -49,16 +49,16 @@ def judge(layout: Layout, state: State, tolerance: float) -> Verdict:
     held_B2 = constant(range(NAMED), state.held_B.device) == state.held_B[:, None]
     placed_B2 = (goal_distance_B2 < layout.radius_B2) & (to_goal_B23[..., 2].abs() < _LEVEL) & ~held_B2
     to_block_B23 = blocks_B23 - state.gripper_B3[:, None]
-    reach_distance_B2 = length(to_block_B23, 3)
-    near_B = (length(to_block_B23[:, 0], 2) < tolerance) & (state.gripper_B3[:, 2] < REACH_HEIGHT)
-    done_B2 = torch.where(layout.reach_B1, near_B[:, None], placed_B2)
+    plane_B2, reach_distance_B2 = length(to_block_B23, 2), length(to_block_B23, 3)
+    near_B2 = (plane_B2 < tolerance) & (state.gripper_B3[:, 2:] < REACH_HEIGHT)
+    done_B2 = torch.where(layout.reach_B1, near_B2, placed_B2)
     success_B = torch.where(layout.sort_B1, done_B2.all(1, keepdim=True), done_B2)[:, 0]
     left_B2 = torch.where(layout.reach_B1, reach_distance_B2, goal_distance_B2)
     distance_B = torch.where(layout.sort_B1, left_B2.amax(1, keepdim=True), left_B2)[:, 0]
-    near_B2 = 1 - (reach_distance_B2 / layout.start_reach_B2).clamp(max=1.0)
+    closer_B2 = 1 - (reach_distance_B2 / layout.start_reach_B2).clamp(max=1.0)
     there_B2 = 1 - (goal_distance_B2 / layout.start_goal_B2).clamp(max=1.0)
-    near_B1, held_B1, there_B1 = layout.weight_B3[:, None].unbind(-1)
-    stages_B2 = near_B2 * near_B1 + held_B2 * held_B1 + there_B2 * there_B1
+    closer_B1, held_B1, there_B1 = layout.weight_B3[:, None].unbind(-1)
+    stages_B2 = closer_B2 * closer_B1 + held_B2 * held_B1 + there_B2 * there_B1
     progress_B2 = torch.where(placed_B2 & ~layout.reach_B1, 1.0, stages_B2)
     first_B, second_B = progress_B2.unbind(1)
     progress_B = torch.where(layout.sort_B1[:, 0], (first_B + second_B) * 0.5, first_B)
