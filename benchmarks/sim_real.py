@@ -12,27 +12,18 @@ repeated. Further arguments are overrides for all runs.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from launch import ROOT, mmrl
 from rich.console import Console
 from rich.table import Table
 
 from mmrl.metrics import read
 from mmrl.numerics.statistics import percent
 
-ROOT = Path(__file__).parent.parent
 DOMAINS = ("real", "sim")
-
-
-def mmrl(*arguments: str | Path) -> None:
-    command = [sys.executable, "-m", "mmrl", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
 
 def success(run: Path, domain: str) -> float:
