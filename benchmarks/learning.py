@@ -74,7 +74,7 @@ def main() -> None:
     cells = [(family, algorithm) for family in arguments.families for algorithm in arguments.algorithms]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         jobs: dict[tuple[str, str, int], Future[Path]] = {}
-        for (family, algorithm), seed in itertools.product(cells, arguments.seeds):
+        for family, algorithm, seed in itertools.product(arguments.families, arguments.algorithms, arguments.seeds):
             budget = f"stages.improve.iterations={iterations(family, arguments.decisions)}"
             settings = ["threads=1", "evaluation.every=0", budget, *overrides]
             jobs[family, algorithm, seed] = pool.submit(run_once, algorithm, family, seed, output, settings)
