@@ -66,7 +66,7 @@ def naive_advantages(r: Rollout, gamma: float, lam: float) -> tuple[Tensor, Tens
 def test_advantages_equal_a_naive_sum_and_are_standardised_over_the_decisions_that_count() -> None:
     r = rollout(9, 5)
     naive, returns = naive_advantages(r, 0.9, 0.8)
-    plain = ppo(gamma=0.9, lam=0.8, normalize_advantages=False).advantages(r)
+    plain = ppo(gamma=0.9, lam=0.8, normalize_advantages=None).advantages(r)
     torch.testing.assert_close(plain.advantages_TB, naive, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(plain.returns_TB, returns, rtol=1e-12, atol=1e-12)
     assert torch.equal(plain.keep_TB, r.valid_TB)
@@ -86,7 +86,7 @@ def test_a_time_limit_that_is_part_of_the_task_ends_the_episode_for_good() -> No
     r = rollout(9, 5)
     ended = replace(r, terminated_TB=r.terminated_TB | r.truncated_TB, truncated_TB=torch.zeros_like(r.truncated_TB))
     naive, returns = naive_advantages(ended, 0.9, 0.8)
-    fields = {"gamma": 0.9, "lam": 0.8, "normalize_advantages": False}
+    fields = {"gamma": 0.9, "lam": 0.8, "normalize_advantages": None}
     strict = ppo(**fields, bootstrap_truncated=False).advantages(r)
     torch.testing.assert_close(strict.advantages_TB, naive, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(strict.returns_TB, returns, rtol=1e-12, atol=1e-12)
