@@ -1,10 +1,10 @@
-"""Is this PPO as good as published ones? CartPole-v1 and Pendulum-v1 over seeds, beside the figures of CleanRL and Stable-Baselines3.
+"""Is this PPO as good as published ones? CartPole-v1 and Pendulum-v1 over seeds, beside the figures of CleanRL and SB3.
 
     python benchmarks/ppo_reference.py [--tasks cartpole pendulum] [--seeds 0 1 2] [key=value ...]
 
-Prints a Markdown table: mean return of the deterministic policy over held-out episodes, per seed. Every run is ``mmrl train`` of a
-config in configs/gymnasium/ in a process of its own. Finished runs are kept under --output and not repeated. Further arguments are
-overrides for all runs.
+Prints a Markdown table: mean return of the deterministic policy over held-out episodes, per seed. Every run is ``mmrl train`` of
+a config in configs/gymnasium/ in a process of its own. Finished runs are kept under --output and not repeated. Further arguments
+are overrides for all runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmrl.metrics import read
 ROOT = Path(__file__).parent.parent
 # task -> what others report
 PUBLISHED = {
-    "cartpole": "CleanRL ppo.py, 500,000 steps: 488.75 ± 18.40 (docs/rl-algorithms/ppo.md); solved at 475 by gymnasium's registry",
+    "cartpole": "CleanRL ppo.py, 500,000 steps: 488.75 ± 18.40 (docs/rl-algorithms/ppo.md); gymnasium calls 475 solved",
     "pendulum": "RL Baselines3 Zoo ppo, 100,000 steps: -172.2 ± 104.2 over 750 episodes of one run (benchmark.md)",
 }
 
@@ -63,7 +63,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/ppo_reference"))
     arguments, overrides = parser.parse_known_args()
-    print("| task | seed | return before | return after (± std) | episodes | env steps | minutes |\n|---|---|---|---|---|---|---|")
+    print(
+        "| task | seed | return before | return after (± std) | episodes | env steps | minutes |\n|---|---|---|---|---|---|---|"
+    )
     for task in arguments.tasks:
         for seed in arguments.seeds:
             print(row(task, seed, run_once(task, seed, arguments.output.resolve(), overrides)), flush=True)

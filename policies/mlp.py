@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -328,8 +329,8 @@ def _linear(width_in: int, width_out: int, *, gain: float) -> nn.Linear:
 
 
 def _layers(sizes: tuple[int, ...], activation: str) -> nn.Sequential:
-    pairs = zip(sizes[:-1], sizes[1:], strict=True)
-    return nn.Sequential(*(part for pair in pairs for part in (_linear(*pair, gain=math.sqrt(2)), _ACTIVATIONS[activation]())))
+    layers = (_linear(before, after, gain=math.sqrt(2)) for before, after in pairwise(sizes))
+    return nn.Sequential(*(part for layer in layers for part in (layer, _ACTIVATIONS[activation]())))
 
 
 def _architecture(config: MLP.Config) -> dict[str, Any]:

@@ -33,7 +33,7 @@ _VECTORS = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}
 class Gymnasium:
     """See the module. Built as ``Gymnasium(config, num_envs=8, device=torch.device("cpu"))``.
 
-    Observations: uint8 images [height, width, 3] come as the image ``camera``, every other Box as ``state``, float32 [B, S], flat;
+    Observations: a Box of uint8 [height, width, 3] is the image ``camera``, every other Box the ``state``, flat, float32 [B, S];
     other spaces go through gymnasium's FlattenObservation (Discrete becomes one-hot). Actions: Box, clipped to its bounds as
     CleanRL does; Discrete and MultiDiscrete, as whole numbers from 0. Metrics: success (see ``success_return``).
     """

@@ -17,7 +17,7 @@ PHASES = ("collect", "score", "update", "evaluate")
 
 @dataclass(frozen=True)
 class Rate:
-    """A success rate with its 95 % Wilson interval, all in [0, 1], and the mean return of the same episodes (None: not logged)."""
+    """A success rate with its 95 % Wilson interval, all in [0, 1], and the mean return of its episodes (None: not logged)."""
 
     success: float
     episodes: int
@@ -35,9 +35,9 @@ class Rate:
             return None
         episodes = int(episodes)
         earned = result.get("return")
-        finite = isinstance(earned, int | float) and math.isfinite(earned)
+        mean_return = float(earned) if isinstance(earned, int | float) and math.isfinite(earned) else None
         interval = wilson_interval(min(success * episodes, episodes), episodes)
-        return Rate(success, episodes, *interval, float(earned) if finite else None)
+        return Rate(success, episodes, *interval, mean_return)
 
 
 @dataclass(frozen=True)

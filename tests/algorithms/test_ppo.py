@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -92,6 +93,27 @@ def test_a_time_limit_that_is_part_of_the_task_ends_the_episode_for_good() -> No
     torch.testing.assert_close(strict.returns_TB, returns, rtol=1e-12, atol=1e-12)
     differs_TB = (strict.advantages_TB - ppo(**fields).advantages(r).advantages_TB).abs() > 1e-9
     assert bool(differs_TB[r.truncated_TB].all())
+
+
+@pytest.mark.parametrize("micro", [None, 5])
+def test_advantages_standardised_per_minibatch_are_those_of_the_rows_that_are_trained(
+    micro: int | None, case: Callable[..., Any]
+) -> None:
+    """As CleanRL: the loss is that of a batch whose advantages had mean 0 and deviation 1 from the start."""
+    policy, batch = case(n=12, spread=0.5)
+    trained = batch.mask_NK.any(1)
+    assert not trained.all()
+    kept = batch.advantages_N[trained].tolist()
+    mean, std = fmean(kept), stdev(kept)
+    expected = ppo(normalize_advantages=None).loss(
+        policy, replace(batch, advantages_N=(batch.advantages_N - mean) / (std + 1e-5)), context_of(batch)
+    )
+    context = replace(context_of(batch), advantage_mean=mean, advantage_std=std)
+    pieces = [batch.select(torch.arange(12)[i : i + (micro or 12)]) for i in range(0, 12, micro or 12)]
+    actual = sum(float(ppo(normalize_advantages="minibatch").loss(policy, piece, context).value.detach()) for piece in pieces)
+    assert actual == pytest.approx(float(expected.value.detach()), rel=1e-9)
+    rollout_wide = ppo().loss(policy, batch, context)
+    assert actual != pytest.approx(float(rollout_wide.value.detach()), rel=1e-3)
 
 
 def huber(error: float, delta: float) -> float:

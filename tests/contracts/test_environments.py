@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mmrl.protocols import Environment, ExpertEnvironment
-from mmrl.types import Observation, Step
 from mmrl.registry import resolve
+from mmrl.types import Observation, Step
 from simulators.tabletop import Tabletop
 
 CPU = torch.device("cpu")
@@ -39,18 +39,18 @@ ENVIRONMENTS: dict[str, Callable[[int], Any]] = {
         num_envs, domain="real", reward="dense", wrist_camera=True
     ),
     "gymnasium: CartPole": _gymnasium("CartPole-v1", max_steps=14),
-    "gymnasium: Pendulum in processes": _gymnasium("Pendulum-v1", max_steps=10, vectorization="async"),
+    "gymnasium: Pendulum": _gymnasium("Pendulum-v1", max_steps=10),
     "gymnasium: several choices and images": _gymnasium("tests.simulators.pixels:Pixels-v0"),
 }
-# name -> the line of ``mmrl doctor`` that must work
+# name -> the package that must be installed
 NEEDS = {name: "gymnasium" for name in ENVIRONMENTS if name.startswith("gymnasium")}
 TASKS = torch.tensor([7, 3, 11, 8, 20])
 
 
 @pytest.fixture(params=list(ENVIRONMENTS))
-def make(request: pytest.FixtureRequest, require: Callable[[str], None]) -> Iterator[Callable[[int], Any]]:
+def make(request: pytest.FixtureRequest, installed: Callable[[str], None]) -> Iterator[Callable[[int], Any]]:
     if request.param in NEEDS:
-        require(NEEDS[request.param])
+        installed(NEEDS[request.param])
     opened: list[Environment] = []
 
     def build(num_envs: int) -> Environment:
