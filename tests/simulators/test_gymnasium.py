@@ -110,6 +110,19 @@ def test_pendulum_is_gymnasium_s_with_actions_clipped(make: Maker) -> None:
     assert steps[-1].truncated_B.all()
 
 
+def test_an_environment_gets_nothing_beyond_its_bounds(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pendulum would clip by itself, others would not; what a slot that is done is told does not reach its environment either."""
+    environment, given = make(id="Pendulum-v1", max_steps=2), []
+    step = environment._vector.step
+    monkeypatch.setattr(environment._vector, "step", lambda actions: (given.append(actions.copy()), step(actions))[1])
+    play(environment, torch.tensor([[[5.0], [-9.0], [1.0]], [[-2.5], [0.5], [2.0]]]))
+    assert [actions[:, 0].tolist() for actions in given] == [[2.0, -2.0, 1.0], [-2.0, 0.5, 2.0]]
+    environment._terminated_B[1] = True
+    environment._truncated_B[:] = [False, False, False]
+    environment.step(torch.tensor([0.1, float("nan"), 9.0]).view(3, 1, 1))
+    assert given[-1][:, 0].tolist() == pytest.approx([0.1, 0.0, 2.0])
+
+
 def test_a_slot_that_is_done_can_be_reset_while_others_run(make: Maker) -> None:
     """gymnasium restarts the slot that fell by itself; the reset here still begins the episode of its task."""
     environment = make(num_envs=2)
