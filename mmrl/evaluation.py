@@ -25,35 +25,40 @@ VIDEO_FPS = 10
 
 @dataclass(frozen=True)
 class FamilyResult:
-    """Success of one task family with its 95 % Wilson interval."""
+    """Success of one task family with its 95 % Wilson interval, and mean and standard deviation of the undiscounted return.
 
-    success: float
-    episodes: int
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Success over all episodes and per family; ``return_`` is the mean undiscounted return, ``length`` in env steps."""
+    The standard deviation is over episodes (unbiased; 0 where there is only one).
+    """
 
     success: float
     episodes: int
     low: float
     high: float
     return_: float
+    return_std: float
+
+    def row(self) -> dict[str, Any]:
+        """As it stands in metrics.jsonl, where the mean is called ``return``."""
+        out = asdict(self)
+        out["return"] = out.pop("return_")
+        return out
+
+
+@dataclass(frozen=True)
+class EvaluationResult(FamilyResult):
+    """Success and return over all episodes and per family; ``length`` is the mean in env steps."""
+
     length: float
     families: Mapping[str, FamilyResult]
     seconds: float
 
     def row(self) -> dict[str, Any]:
         """The result as a row of metrics.jsonl."""
-        out = asdict(self)
-        out["return"] = out.pop("return_")
-        return out
+        return {**super().row(), "families": {name: family.row() for name, family in self.families.items()}}
 
     def sentence(self) -> str:
-        return f"success {self.success:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.episodes} episodes"
+        success = f"success {self.success:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        return f"{success}, return {self.return_:.4g} ± {self.return_std:.2g} (std) over {self.episodes} episodes"
 
 
 @dataclass
@@ -106,24 +111,24 @@ def evaluate(
             rounds.append({name: value[: len(tasks)] for name, value in outcome.items()})
             advance(len(tasks))
     results = {name: torch.cat([r[name] for r in rounds]).cpu() for name in rounds[0]}
-    by_family: dict[str, list[float]] = defaultdict(list)
-    for family, success in zip(environment.family_of(tasks_M), results["success"].tolist(), strict=True):
-        by_family[family].append(success)
-    families = {name: _family(values) for name, values in sorted(by_family.items())}
-    overall = _family(results["success"].tolist())
+    by_family: dict[str, list[int]] = defaultdict(list)
+    for episode, family in enumerate(environment.family_of(tasks_M)):
+        by_family[family].append(episode)
+    families = {name: _family(results, episodes) for name, episodes in sorted(by_family.items())}
+    overall = _family(results, list(range(len(tasks_M))))
     return EvaluationResult(
         **asdict(overall),
-        return_=float(results["return"].mean()),
         length=float(results["steps"].float().mean()),
         families=families,
         seconds=time.perf_counter() - started,
     )
 
 
-def _family(successes: list[float]) -> FamilyResult:
-    count = round(sum(successes))
-    low, high = wilson_interval(count, len(successes))
-    return FamilyResult(count / len(successes), len(successes), low, high)
+def _family(results: Mapping[str, Tensor], episodes: list[int]) -> FamilyResult:
+    count, n = round(float(results["success"][episodes].sum())), len(episodes)
+    returns = results["return"][episodes].double()
+    spread = float(returns.std()) if n > 1 else 0.0
+    return FamilyResult(count / n, n, *wilson_interval(count, n), float(returns.mean()), spread)
 
 
 def _video_slots(families: tuple[str, ...], videos: int) -> Tensor:

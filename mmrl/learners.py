@@ -16,7 +16,7 @@ from mmrl.component import Component
 from mmrl.config import StageConfig
 from mmrl.errors import ConfigError
 from mmrl.optim import Optimization
-from mmrl.protocols import Environment, ExampleSource
+from mmrl.protocols import AdaptivePolicy, Environment, ExampleSource
 from mmrl.rollout import Collector, episode_metrics
 from mmrl.seeding import Streams, derive_seed
 from mmrl.updates import RolloutUpdate, SupervisedTerm, SupervisedUpdate
@@ -126,6 +126,8 @@ class RolloutLearner(Learner):
         batch, advantages = self._update.prepare(rollout)
         times.append(time.perf_counter())
         metrics = self._update.run(batch, iteration)
+        if isinstance(self._policy, AdaptivePolicy):
+            self._policy.adapt(batch.trace)
         times.append(time.perf_counter())
         collect, score, update = (later - earlier for earlier, later in pairwise(times))
         return {

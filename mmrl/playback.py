@@ -56,7 +56,7 @@ def load_policy(run_dir: Path, config: RunConfig, device: torch.device) -> Loade
 
 
 def evaluate_run(run_dir: Path, overrides: Sequence[str], episodes: int | None, progress: Progress) -> None:
-    """Play the run's policy on its evaluation episodes and print a table of success per family with 95 % intervals.
+    """Play the run's policy on its evaluation episodes and print a table of success (95 % intervals) and return per family.
 
     overrides: changes to the run's config.yaml (``evaluation.environment.domain=real``). episodes: how many to play (None: as
     many as the config says). The numbers are added to metrics.jsonl, labelled ``evaluate``, and videos to trajectories/ - unless
@@ -115,8 +115,9 @@ def _write_down(run_dir: Path, config: RunConfig, stage: str, iteration: int, re
 
 def _table(result: EvaluationResult, title: str) -> Table:
     table = Table(title=title)
-    for column in ("family", "success", "95 % interval", "episodes"):
+    for column in ("family", "success", "95 % interval", "return (± std)", "episodes"):
         table.add_column(column, justify="left" if column == "family" else "right")
     for name, rate in [*result.families.items(), ("all", result)]:
-        table.add_row(name, f"{rate.success:.1%}", f"{rate.low:.1%} - {rate.high:.1%}", str(rate.episodes))
+        interval, returns = f"{rate.low:.1%} - {rate.high:.1%}", f"{rate.return_:.4g} ± {rate.return_std:.2g}"
+        table.add_row(name, f"{rate.success:.1%}", interval, returns, str(rate.episodes))
     return table

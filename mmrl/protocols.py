@@ -138,6 +138,15 @@ class ValuePolicy(Protocol):
 
 
 @runtime_checkable
+class AdaptivePolicy(Protocol):
+    """It learns from what it sees beside the gradient, such as running statistics of its inputs."""
+
+    def adapt(self, trace: Mapping[str, Tensor]) -> None:
+        """See a rollout's decisions (as ``pack`` gives them), after its last update and before the next rollout."""
+        ...
+
+
+@runtime_checkable
 class SupervisedPolicy(Fitted, Protocol):
     """It can imitate."""
 
@@ -220,12 +229,14 @@ class LossContext:
     """What a micro-batch's loss must know of its surroundings.
 
     units, samples: those of the whole mini-batch - dividing by them, not by its own, makes micro-batch losses add up.
-    iteration: of the stage, from 0.
+    iteration: of the stage, from 0. advantage_mean, advantage_std (unbiased): over the samples of the whole mini-batch.
     """
 
     units: int
     samples: int
     iteration: int
+    advantage_mean: float = 0.0
+    advantage_std: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -321,6 +321,7 @@ def _save_policy(policy: Any, folder: Path) -> None:
 def _displayed(metrics: Mapping[str, float]) -> dict[str, float]:
     shown = {
         "success": "rollout/success",
+        "return": "rollout/return",
         "env_steps_per_s": "speed/env_steps_per_s",
         "samples_per_s": "speed/samples_per_s",
         "loss": "loss/loss",

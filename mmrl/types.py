@@ -30,15 +30,21 @@ def _expect(owner: str, name: str, value: Tensor, *shape: int | None) -> None:
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """What an environment accepts: ``dim`` numbers between ``low`` and ``high`` (one bound per dimension)."""
+    """What an environment accepts: ``dim`` numbers between ``low`` and ``high`` (one bound per dimension).
+
+    discrete: the numbers are choices, whole ones from ``low`` to ``high``, both included; they travel as floats all the same.
+    """
 
     dim: int
     low: tuple[float, ...]
     high: tuple[float, ...]
+    discrete: bool = False
 
     def __post_init__(self) -> None:
         if len(self.low) != self.dim or len(self.high) != self.dim:
             raise ShapeError(f"ActionSpec has dim {self.dim} but {len(self.low)} lower and {len(self.high)} upper bounds")
+        if self.discrete and not all(float(bound).is_integer() for bound in (*self.low, *self.high)):
+            raise ShapeError(f"ActionSpec is discrete, so its bounds must be whole numbers; got {self.low} and {self.high}")
 
 
 @dataclass(frozen=True)

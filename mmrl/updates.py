@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmrl.batching import make_batch, micro_batches, minibatch_indices
 from mmrl.data.demonstrations import rows
+from mmrl.numerics import masked
 from mmrl.optim import Optimization
 from mmrl.protocols import Advantages, ExampleSource, LikelihoodPolicy, LossContext, RolloutAlgorithm, SupervisedAlgorithm
 from mmrl.types import Batch, Examples, Loss, Rollout
@@ -141,7 +142,14 @@ class RolloutUpdate:
 
     def _update(self, batch: Batch, iteration: int) -> dict[str, float]:
         trained = batch.mask_NK
-        context = LossContext(units=max(int(trained.sum()), 1), samples=max(int(trained.any(1).sum()), 1), iteration=iteration)
+        sampled, advantages = trained.any(1), batch.advantages_N
+        context = LossContext(
+            units=max(int(trained.sum()), 1),
+            samples=max(int(sampled.sum()), 1),
+            iteration=iteration,
+            advantage_mean=float(masked.mean(advantages, sampled)),
+            advantage_std=float(masked.std(advantages, sampled)),
+        )
         merger = MetricMerger(_OVER_MICRO_BATCHES)
         self.optimization.zero_grad()
         with self.policy.compute_mode(train=True):

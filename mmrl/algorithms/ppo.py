@@ -14,7 +14,8 @@ goal until time is up is worth gamma V, nearly as much as arriving, and that V i
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -24,6 +25,8 @@ from mmrl.numerics.advantages import gae, standardize
 from mmrl.numerics.losses import explained_variance, value_loss
 from mmrl.protocols import Advantages, LikelihoodPolicy, LossContext
 from mmrl.types import Batch, Loss, Rollout
+
+ADVANTAGE_EPS = 1e-5  # added to the standard deviation of advantages
 
 
 class PPO:
@@ -44,8 +47,8 @@ class PPO:
         bootstrap_truncated: bool = True
         """Whether the value of its last observation is added where a time limit ends an episode. True if the limit is an accident
         of training; false if being done in time is the task: then hovering by the goal must not count as going to reach it."""
-        normalize_advantages: bool = True
-        """Standardise advantages over the whole rollout."""
+        normalize_advantages: Literal["rollout", "minibatch"] | None = "rollout"
+        """Standardise advantages over the whole rollout, or over each mini-batch as CleanRL does; null: leave them."""
         value_weight: float = Field(default=1.0, ge=0)
         """Weight of the value loss (c_V)."""
         value_clip: float | None = Field(default=0.2, gt=0)
@@ -75,13 +78,16 @@ class PPO:
             "explained_variance": float(explained_variance(rollout.values_TB, returns_TB, keep)),
             "advantage_std": float(advantages_TB[keep].std()) if int(keep.sum()) > 1 else 0.0,
         }
-        if self.config.normalize_advantages:
-            advantages_TB = standardize(advantages_TB, keep, eps=1e-5)
+        if self.config.normalize_advantages == "rollout":
+            advantages_TB = standardize(advantages_TB, keep, eps=ADVANTAGE_EPS)
         return Advantages(advantages_TB, returns_TB, keep, metrics)
 
     def loss(self, policy: LikelihoodPolicy, batch: Batch, context: LossContext) -> Loss:
         scored = policy.evaluate(batch.trace)
         assert scored.values_N is not None
+        if self.config.normalize_advantages == "minibatch":
+            scaled_N = (batch.advantages_N - context.advantage_mean) / (context.advantage_std + ADVANTAGE_EPS)
+            batch = replace(batch, advantages_N=scaled_N)
         actor = policy_loss(self.config, scored, batch, context)
         critic = value_loss(
             scored.values_N,

@@ -17,12 +17,13 @@ PHASES = ("collect", "score", "update", "evaluate")
 
 @dataclass(frozen=True)
 class Rate:
-    """A success rate with its 95 % Wilson interval, all in [0, 1]."""
+    """A success rate with its 95 % Wilson interval, all in [0, 1], and the mean return of its episodes (None: not logged)."""
 
     success: float
     episodes: int
     low: float
     high: float
+    mean_return: float | None = None
 
     @staticmethod
     def of(result: Mapping[str, Any]) -> Rate | None:
@@ -33,7 +34,10 @@ class Rate:
         if not 0 <= success <= 1:  # NaN too
             return None
         episodes = int(episodes)
-        return Rate(success, episodes, *wilson_interval(min(success * episodes, episodes), episodes))
+        earned = result.get("return")
+        mean_return = float(earned) if isinstance(earned, int | float) and math.isfinite(earned) else None
+        interval = wilson_interval(min(success * episodes, episodes), episodes)
+        return Rate(success, episodes, *interval, mean_return)
 
 
 @dataclass(frozen=True)

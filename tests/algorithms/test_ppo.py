@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def naive_advantages(r: Rollout, gamma: float, lam: float) -> tuple[Tensor, Tens
 def test_advantages_equal_a_naive_sum_and_are_standardised_over_the_decisions_that_count() -> None:
     r = rollout(9, 5)
     naive, returns = naive_advantages(r, 0.9, 0.8)
-    plain = ppo(gamma=0.9, lam=0.8, normalize_advantages=False).advantages(r)
+    plain = ppo(gamma=0.9, lam=0.8, normalize_advantages=None).advantages(r)
     torch.testing.assert_close(plain.advantages_TB, naive, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(plain.returns_TB, returns, rtol=1e-12, atol=1e-12)
     assert torch.equal(plain.keep_TB, r.valid_TB)
@@ -86,12 +87,33 @@ def test_a_time_limit_that_is_part_of_the_task_ends_the_episode_for_good() -> No
     r = rollout(9, 5)
     ended = replace(r, terminated_TB=r.terminated_TB | r.truncated_TB, truncated_TB=torch.zeros_like(r.truncated_TB))
     naive, returns = naive_advantages(ended, 0.9, 0.8)
-    fields = {"gamma": 0.9, "lam": 0.8, "normalize_advantages": False}
+    fields = {"gamma": 0.9, "lam": 0.8, "normalize_advantages": None}
     strict = ppo(**fields, bootstrap_truncated=False).advantages(r)
     torch.testing.assert_close(strict.advantages_TB, naive, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(strict.returns_TB, returns, rtol=1e-12, atol=1e-12)
     differs_TB = (strict.advantages_TB - ppo(**fields).advantages(r).advantages_TB).abs() > 1e-9
     assert bool(differs_TB[r.truncated_TB].all())
+
+
+@pytest.mark.parametrize("micro", [None, 5])
+def test_advantages_standardised_per_minibatch_are_those_of_the_rows_that_are_trained(
+    micro: int | None, case: Callable[..., Any]
+) -> None:
+    """As CleanRL: the loss is that of a batch whose advantages had mean 0 and deviation 1 from the start."""
+    policy, batch = case(n=12, spread=0.5)
+    trained = batch.mask_NK.any(1)
+    assert not trained.all()
+    kept = batch.advantages_N[trained].tolist()
+    mean, std = fmean(kept), stdev(kept)
+    expected = ppo(normalize_advantages=None).loss(
+        policy, replace(batch, advantages_N=(batch.advantages_N - mean) / (std + 1e-5)), context_of(batch)
+    )
+    context = replace(context_of(batch), advantage_mean=mean, advantage_std=std)
+    pieces = [batch.select(torch.arange(12)[i : i + (micro or 12)]) for i in range(0, 12, micro or 12)]
+    actual = sum(float(ppo(normalize_advantages="minibatch").loss(policy, piece, context).value.detach()) for piece in pieces)
+    assert actual == pytest.approx(float(expected.value.detach()), rel=1e-9)
+    rollout_wide = ppo().loss(policy, batch, context)
+    assert actual != pytest.approx(float(rollout_wide.value.detach()), rel=1e-3)
 
 
 def huber(error: float, delta: float) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmrl.protocols import Environment, ExpertEnvironment
+from mmrl.registry import resolve
 from mmrl.types import Observation, Step
 from simulators.tabletop import Tabletop
 
@@ -21,22 +22,39 @@ def _tabletop(num_envs: int, **fields: Any) -> Tabletop:
     return Tabletop(Tabletop.Config(image_size=32, max_steps=_SHORT, **fields), num_envs=num_envs, device=CPU)
 
 
+def _gymnasium(name: str, **fields: Any) -> Callable[[int], Any]:
+    """Found by name, because gymnasium is an extra."""
+
+    def build(num_envs: int) -> Any:
+        cls: Any = resolve("simulators.gymnasium:Gymnasium")
+        return cls(cls.Config(id=name, **fields), num_envs=num_envs, device=CPU)
+
+    return build
+
+
 # name -> a small, short environment of so many slots
 ENVIRONMENTS: dict[str, Callable[[int], Any]] = {
     "tabletop": lambda num_envs: _tabletop(num_envs),
     "tabletop, real domain, dense reward, two cameras": lambda num_envs: _tabletop(
         num_envs, domain="real", reward="dense", wrist_camera=True
     ),
+    "gymnasium: CartPole": _gymnasium("CartPole-v1", max_steps=14),
+    "gymnasium: Pendulum": _gymnasium("Pendulum-v1", max_steps=10),
+    "gymnasium: several choices and images": _gymnasium("tests.simulators.pixels:Pixels-v0"),
 }
+# name -> the package that must be installed
+NEEDS = {name: "gymnasium" for name in ENVIRONMENTS if name.startswith("gymnasium")}
 TASKS = torch.tensor([7, 3, 11, 8, 20])
 
 
-@pytest.fixture(params=ENVIRONMENTS.values(), ids=list(ENVIRONMENTS))
-def make(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Any]]:
+@pytest.fixture(params=list(ENVIRONMENTS))
+def make(request: pytest.FixtureRequest, installed: Callable[[str], None]) -> Iterator[Callable[[int], Any]]:
+    if request.param in NEEDS:
+        installed(NEEDS[request.param])
     opened: list[Environment] = []
 
     def build(num_envs: int) -> Environment:
-        opened.append(request.param(num_envs))
+        opened.append(ENVIRONMENTS[request.param](num_envs))
         return opened[-1]
 
     yield build
@@ -45,12 +63,13 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Any]]:
 
 
 def actions_for(environment: Environment, tasks_B: Tensor, moment: int, count: int = 1) -> Tensor:
-    """Random actions [B, C, A] within the bounds, the same for the same task at the same moment."""
+    """Random actions [B, C, A] within the bounds (whole numbers where they are choices), the same for a task and a moment."""
     low, high = torch.tensor(environment.action_spec.low), torch.tensor(environment.action_spec.high)
     rows = []
     for task in tasks_B.tolist():
         draws = [torch.rand(len(low), generator=torch.Generator().manual_seed(1000 * task + moment + c)) for c in range(count)]
-        rows.append(torch.stack([low + (high - low) * draw for draw in draws]))
+        chosen = torch.stack([low + (high - low) * draw for draw in draws])
+        rows.append(chosen.round() if environment.action_spec.discrete else chosen)
     return torch.stack(rows)
 
 
@@ -116,8 +135,9 @@ def test_a_task_is_the_same_episode_in_any_slot_of_any_batch(make: Callable[[int
 
 def test_different_tasks_are_different_episodes(make: Callable[[int], Any]) -> None:
     observation = make(5).reset(TASKS)
-    seen = [tuple(int(image[b].long().sum()) for image in observation.images.values()) for b in range(5)]
-    assert len(set(seen)) == 5
+    pictures = [tuple(int(image[b].long().sum()) for image in observation.images.values()) for b in range(5)]
+    states = [() if observation.state is None else tuple(observation.state[b].tolist()) for b in range(5)]
+    assert len(set(pictures if observation.images else states)) == 5
 
 
 def test_an_episode_does_not_depend_on_what_was_played_before(make: Callable[[int], Any]) -> None:

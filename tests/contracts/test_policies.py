@@ -18,7 +18,15 @@ from mmrl.optim import StepReport
 from mmrl.protocols import Advantages, LikelihoodPolicy, LossContext, Policy, ValuePolicy
 from mmrl.types import Batch, Decision, EpisodeRecord, Rollout
 from mmrl.updates import RolloutUpdate
+from policies.mlp import MLP
 from tests.policies import tiny
+
+
+def _mlp(**fields: Any) -> MLP:
+    policy = tiny.stir(MLP(MLP.Config(state_dim=4, hidden=(16, 12), **fields), device=torch.device("cpu")))
+    policy.adapt({"state": 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(5)) + 1})
+    return policy
+
 
 # name -> how to build it from the fixtures' folders; its parameters must be such that no output is trivially zero.
 POLICIES: dict[str, Callable[[str], Any]] = {
@@ -28,6 +36,10 @@ POLICIES: dict[str, Callable[[str], Any]] = {
     "pi0 cps, re-encoded": lambda folder: tiny.build(folder, sampler="cps", cache_prefix=False),
     "pi0 lora": lambda folder: tiny.build(folder, train="lora"),
     "pi0 all, without critic": lambda folder: tiny.build(folder, train="all", critic=None),
+    "mlp gaussian": lambda folder: _mlp(action_dim=3, log_std=-0.7),
+    "mlp gaussian, one trunk, normalised": lambda folder: _mlp(action_dim=2, critic="shared", normalize=True),
+    "mlp choices": lambda folder: _mlp(choices=(5, 3)),
+    "mlp choices, without critic": lambda folder: _mlp(choices=(6,), critic=None, activation="relu"),
 }
 B, T = 5, 2
 

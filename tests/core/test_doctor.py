@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,18 @@ def test_the_tabletop_renders_and_is_timed() -> None:
 def test_a_missing_package_names_what_installs_it() -> None:
     capability = doctor._package("Nothing", "no_such_package_anywhere", "pip install nothing")
     assert capability == Capability("Nothing", False, "is not installed", "pip install nothing")
+
+
+def test_a_simulator_s_missing_package_names_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_ask", lambda *arguments: (False, "No module named 'no_such_simulator.parts'"))
+    assert doctor.check("tabletop").remedy == "pip install no-such-simulator"
+    monkeypatch.setattr(doctor, "_ask", lambda *arguments: (False, "no display"))
+    assert doctor.check("tabletop").remedy == "python -m mmrl.simulator_probe simulators.tabletop"
+
+
+def test_gymnasium_is_built_and_timed(require: Callable[[str], None]) -> None:
+    require("gymnasium")
+    assert "steps/s at 32 environments (no camera)" in doctor.check("gymnasium").detail
 
 
 def test_a_package_that_dies_at_import_costs_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,8 @@ def test_every_task_counts_once(episodes: int, num_envs: int) -> None:
     assert set(environment.played) == set(tasks)
     assert result.success == pytest.approx(sum(map(solved, tasks)) / episodes)
     assert result.return_ == pytest.approx(sum(map(pay, tasks)) / episodes)
+    spread = statistics.stdev(map(pay, tasks)) if episodes > 1 else 0.0
+    assert result.return_std == pytest.approx(spread)
     assert result.length == pytest.approx(sum(map(length_of, tasks)) / episodes)
 
 
@@ -135,12 +138,15 @@ def test_families_and_their_intervals() -> None:
         outcomes = [solved(task) for task in range(FIRST, FIRST + 40) if task % 3 == index]
         family = result.families[name]
         assert family.episodes == len(outcomes) and family.success == pytest.approx(sum(outcomes) / len(outcomes))
+        earned = [pay(task) for task in range(FIRST, FIRST + 40) if task % 3 == index]
+        assert (family.return_, family.return_std) == pytest.approx((statistics.fmean(earned), statistics.stdev(earned)))
         assert (family.low, family.high) == pytest.approx(wilson(sum(outcomes), len(outcomes)), abs=1e-9)
     successes = sum(solved(task) for task in range(FIRST, FIRST + 40))
     assert (result.low, result.high) == pytest.approx(wilson(successes, 40), abs=1e-9)
     row = result.row()
     assert row["return"] == result.return_ and "return_" not in row
     assert row["families"]["easy"]["success"] == 1.0 and row["families"]["never"]["success"] == 0.0
+    assert row["families"]["easy"]["return"] == result.families["easy"].return_
     assert f"{100 * result.success:.1f}%" in result.sentence() and "40 episodes" in result.sentence()
 
 

@@ -184,12 +184,23 @@ def test_the_headline_compares_the_last_stage_with_what_it_started_from(run_dir,
     assert "Not finished" not in text and "Not finite" not in text
 
 
+def test_a_rate_says_what_its_episodes_earned_where_that_was_logged(tmp_path):
+    run = make_run(tmp_path / "run", improve=1, evaluate=False, rollouts=False)
+    writer = MetricsWriter(run, tensorboard=False, elapsed=1000.0)
+    family = {"success": 0.25, "episodes": 8, "low": 0.1, "high": 0.5, "return": -171.5}
+    writer.evaluation("improve", 1, "after", family | {"families": {"Pendulum-v1": family | {"return": -123.25}}})
+    writer.close()
+    text = text_of(report.build(run).read_text())
+    assert "· return -171.5" in text and "· return -123.2" in text
+
+
 def test_the_table_holds_each_family_with_its_wilson_interval(page):
     rows = re.findall(r"<tr>(.*?)</tr>", page, flags=re.S)
     sort_row = text_of(next(row for row in rows if "sort" in row))
     successes = round(128 * (0.92 - 0.04))
     low, high = wilson_interval(successes, 128)
     assert f"{100 * successes / 128:.1f} % {100 * low:.1f}–{100 * high:.1f} · n = 128" in sort_row
+    assert "return" not in sort_row  # these rows, as old runs have them, know none
     before = round(128 * (0.42 - 0.04))
     assert sort_row.endswith(f"+{100 * (successes - before) / 128:.1f} points")
     assert all(any(family in row for row in rows) for family in (*FAMILIES, "all families"))

@@ -105,6 +105,12 @@ def test_an_action_s_bounds_fit_its_size() -> None:
         ActionSpec(3, (0.0, 0.0), (1.0, 1.0, 1.0))
 
 
+def test_choices_are_whole_numbers() -> None:
+    assert ActionSpec(1, (0.0,), (3.0,), discrete=True).discrete and not ActionSpec(1, (0.0,), (0.5,)).discrete
+    with pytest.raises(ShapeError, match="whole numbers"):
+        ActionSpec(1, (0.0,), (0.5,), discrete=True)
+
+
 @pytest.mark.parametrize("make", [observation, decision, step, episodes, rollout, batch, examples])
 def test_values_are_frozen(make: Callable[[], Any]) -> None:
     value = make()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -119,10 +120,13 @@ def update_of(policy: Linear, algorithm: Any, optimization: Any, **options: Any)
 
 
 PPO_WITH_EVERYTHING = PPO(PPO.Config(entropy_weight=0.1, kl_weight=0.2, value_clip=0.1, epochs=1, minibatches=1))
+PER_MINIBATCH = PPO(PPO.Config(normalize_advantages="minibatch", epochs=1, minibatches=1))
 PER_SAMPLE = PPO(PPO.Config(entropy_weight=0.1, kl_weight=0.2, reduce="sample_mean", dual_clip=1.5))
 
 
-@pytest.mark.parametrize("algorithm", [PPO_WITH_EVERYTHING, PER_SAMPLE], ids=["unit_mean", "sample_mean"])
+@pytest.mark.parametrize(
+    "algorithm", [PPO_WITH_EVERYTHING, PER_SAMPLE, PER_MINIBATCH], ids=["unit_mean", "sample_mean", "standardised"]
+)
 @pytest.mark.parametrize("supervised", [False, True])
 @pytest.mark.parametrize("micro", [1, 2, 4, 10, 50])
 def test_micro_batches_give_the_whole_batch_s_gradient_and_metrics(
@@ -228,14 +232,19 @@ def test_every_epoch_sees_every_row_once_in_minibatches_of_its_own(policy: Linea
     rows = torch.cat(seen)
     assert sorted(rows[:N].tolist()) == sorted(rows[N:].tolist()) == sorted(batch.trace["x"][:, 0].tolist())
     assert rows[:N].tolist() != rows[N:].tolist()
-    # Micro-batches are told the size of their mini-batch: 4, 4 and 3 rows in pieces of at most 2.
+    # Micro-batches are told the size and advantages of their mini-batch: 4, 4 and 3 rows in pieces of at most 2.
     numbers = batch.trace["x"][:, 0].tolist()
-    masks_NK = batch.mask_NK[[numbers.index(x) for x in rows[:N].tolist()]]
+    order = [numbers.index(x) for x in rows[:N].tolist()]
+    masks_NK, advantages_N = batch.mask_NK[order], batch.advantages_N[order]
     for pieces, (first, last) in zip(((0, 1), (2, 3), (4, 5)), ((0, 4), (4, 8), (8, 11)), strict=True):
         for piece in pieces:
             context = algorithm.contexts[piece]
             assert context.units == int(masks_NK[first:last].sum())
-            assert context.samples == int(masks_NK[first:last].any(1).sum())
+            trained = advantages_N[first:last][masks_NK[first:last].any(1)].tolist()
+            assert context.samples == len(trained)
+            assert context.advantage_mean == pytest.approx(fmean(trained)) and context.advantage_std == pytest.approx(
+                stdev(trained)
+            )
 
 
 def test_too_much_divergence_leaves_the_remaining_updates_out(policy: Linear, batch: Batch) -> None:
