@@ -163,8 +163,9 @@ OTHERS = (
 )  # fmt: skip
 
 _BEYOND = runpy.run_path(str(Path(__file__).with_name("beyond_numerics.py")))
+_GYMNASIUM = runpy.run_path(str(Path(__file__).with_name("mlp_and_gymnasium.py")))
 PI0 = tuple(Mutation(f"pi0: {name}", *rest, tests=tuple(tests.split())) for name, *rest, tests in _BEYOND["PI0"])
 CORE = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _BEYOND["CORE"])
-GYMNASIUM = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _BEYOND["GYMNASIUM"])
+GYMNASIUM = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _GYMNASIUM["GYMNASIUM"])
 
 MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM)
