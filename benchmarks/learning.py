@@ -1,27 +1,35 @@
 """Does it learn? PPO and GRPO with Flow-SDE and Flow-Noise, per task family, over seeds: success before and after RL.
 
-    python benchmarks/learning.py [--families reach push] [--algorithms ppo_flow_sde] [--seeds 0 1 2] [key=value ...]
+    python benchmarks/learning.py [--families reach push] [--algorithms ppo_flow_sde] [--seeds 0 1 2] [--jobs 2] [key=value ...]
 
 Every run is ``mmrl train`` of a config in configs/tabletop/ in a process of its own, so the table can be had by hand too.
+Episodes of the families take different numbers of decisions, so each family gets as many iterations as --decisions allows.
 Finished runs are kept under --output and not repeated. Further arguments are overrides for all runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+import itertools
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from launch import ROOT, mmrl
 from rich.console import Console
 from rich.table import Table
 
 from mmrl.metrics import read
-from mmrl.numerics.statistics import mean_interval
+from mmrl.numerics.statistics import percent
+from simulators.tabletop import DEFAULT_MAX_STEPS
 
-ROOT = Path(__file__).parent.parent
+NUM_ENVS, CHUNK = 384, 5  # of configs/tabletop/: environments, and actions per decision
 ALGORITHMS = ("ppo_flow_sde", "ppo_flow_noise", "grpo_flow_sde", "grpo_flow_noise")
+
+
+def iterations(family: str, decisions: int) -> int:
+    """Iterations of whole episodes that take at most so many decisions."""
+    return max(1, decisions // (NUM_ENVS * -(-DEFAULT_MAX_STEPS[family] // CHUNK)))
 
 
 def run_once(algorithm: str, family: str, seed: int, output: Path, overrides: list[str]) -> Path:
@@ -32,9 +40,7 @@ def run_once(algorithm: str, family: str, seed: int, output: Path, overrides: li
         return folder
     config = ROOT / "configs" / "tabletop" / f"{algorithm}.yaml"
     settings = [f"name={name}", f"output={output}", f"seed={seed}", f"environment.families=[{family}]", *overrides]
-    subprocess.run(
-        [sys.executable, "-m", "mmrl", "train", str(config), *settings], check=True, cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+    mmrl("train", config, *settings)
     return folder
 
 
@@ -57,28 +63,29 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=["reach", "push", "pick_place", "sort"])
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=ALGORITHMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--decisions", type=int, default=60_000, help="of each run, about")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     arguments, overrides = parser.parse_known_args()
-    table = Table(title="Success on held-out episodes, mean over seeds (± 95 % t-interval)")
+    output, started = arguments.output.resolve(), time.perf_counter()
+    table = Table(title="Success on held-out layouts, mean over seeds (± 95 % t-interval)")
     for column in ("family", "algorithm", "after SFT", "after RL", "gain", "decisions", "RL minutes", "seeds"):
         table.add_column(column)
-    started = time.perf_counter()
-    for family in arguments.families:
-        for algorithm in arguments.algorithms:
-            runs = [summary(run_once(algorithm, family, seed, arguments.output.resolve(), overrides)) for seed in arguments.seeds]
-            cells = [_percent([run[key] for run in runs]) for key in ("sft", "rl")]
-            gain = _percent([run["rl"] - run["sft"] for run in runs])
+    cells = [(family, algorithm) for family in arguments.families for algorithm in arguments.algorithms]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        jobs: dict[tuple[str, str, int], Future[Path]] = {}
+        for family, algorithm, seed in itertools.product(arguments.families, arguments.algorithms, arguments.seeds):
+            budget = f"stages.improve.iterations={iterations(family, arguments.decisions)}"
+            settings = ["threads=1", "evaluation.every=0", budget, *overrides]
+            jobs[family, algorithm, seed] = pool.submit(run_once, algorithm, family, seed, output, settings)
+        for family, algorithm in cells:
+            runs = [summary(jobs[family, algorithm, seed].result()) for seed in arguments.seeds]
+            success = [percent([run[key] for run in runs]) for key in ("sft", "rl")]
+            gain = percent([run["rl"] - run["sft"] for run in runs])
             decisions, minutes = (sum(run[key] for run in runs) / len(runs) for key in ("decisions", "minutes"))
-            table.add_row(family, algorithm, *cells, gain, f"{decisions:,.0f}", f"{minutes:.1f}", str(len(runs)))
+            table.add_row(family, algorithm, *success, gain, f"{decisions:,.0f}", f"{minutes:.1f}", str(len(runs)))
     Console(width=140).print(table)
     print(f"{(time.perf_counter() - started) / 60:.0f} minutes in this call")
-
-
-def _percent(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{100 * values[0]:.1f} %"
-    mean, half = mean_interval([100 * value for value in values])
-    return f"{mean:.1f} ± {half:.1f} %"
 
 
 if __name__ == "__main__":

@@ -67,9 +67,9 @@ def measure(num_envs: int, budget: float, device: torch.device) -> list[float]:
     rendered.reset(ids)
     camera, background = rendered._cameras["front"], rendered._backgrounds["front"]
     canvas = camera.labels(background, rendered._layout, rendered._state)
-    action = torch.zeros(num_envs, 4, device=device)
+    action, alive = torch.zeros(num_envs, 4, device=device), torch.ones(num_envs, dtype=torch.bool, device=device)
     parts = (
-        lambda: rendered._advance(action),
+        lambda: rendered._advance(action, alive),
         lambda: camera.labels(background, rendered._layout, rendered._state),
         lambda: camera.colour(canvas, rendered._palette_BP),
         lambda: rendered.reset(ids),

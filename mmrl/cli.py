@@ -95,6 +95,30 @@ def evaluate(
     _commands().evaluate(run, overrides or [], episodes)
 
 
+@app.command("collect")
+def collect(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/collect/tabletop.yaml.")],
+    overrides: Overrides = None,
+) -> None:
+    """Save episodes of the scripted expert or of a policy as a data set; the last line printed is its folder."""
+    try:
+        typer.echo(_commands().collect(config, overrides or []))
+    except KeyboardInterrupt:
+        typer.secho("Interrupted; nothing was saved.", fg=typer.colors.YELLOW, err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+@app.command("statistics")
+def statistics(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A LeRobot data set's folder, or the YAML file of a run.")],
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="Which stage's data, where the YAML file has several.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FOLDER", help="A policy's checkpoint that gets them.")] = None,
+) -> None:
+    """Mean, std and quantiles of states and actions, as a policy's checkpoint keeps them; printed, or saved with --output."""
+    typer.echo(_commands().statistics(data, overrides or [], stage, output))
+
+
 @app.command("report")
 def report(run: Run) -> None:
     """Write a run's report.html again and print its path."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mmrl import collecting, doctor, normalisation, playback, progress, report, trainer
 from mmrl import config as configuration
-from mmrl import doctor, playback, progress, report, trainer
 from mmrl.describe import describe
 from mmrl.errors import ConfigError
 
@@ -47,6 +47,16 @@ def evaluate(run: Path, overrides: Sequence[str], episodes: int | None) -> None:
         loaded = configuration.load(run)
         run = Path(loaded.output) / loaded.name
     playback.evaluate_run(existing_run(run), overrides, episodes, progress.make())
+
+
+def collect(config: Path, overrides: Sequence[str]) -> Path:
+    """Record a data set; its folder."""
+    return collecting.collect(configuration.load_as(collecting.CollectionConfig, config, overrides), progress.make())
+
+
+def statistics(data: Path, overrides: Sequence[str], stage: str | None, output: Path | None) -> str:
+    """The statistics of a data set, as json, or the path of the file that holds them."""
+    return normalisation.compute(data, overrides, stage, output, progress.make())
 
 
 def build_report(run: Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import yaml
@@ -20,10 +20,12 @@ from mmrl.component import Component, Problems, jsonable, merge, validate
 from mmrl.errors import ConfigError
 from mmrl.optim import OptimizerConfig
 
-__all__ = ["Component", "OptimizerConfig", "RunConfig", "dump", "load"]
+__all__ = ["Block", "Component", "OptimizerConfig", "RunConfig", "device_name", "dump", "load", "load_as"]
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
-def _device(value: str) -> str:
+def device_name(value: str) -> str:
     if value != "auto":
         try:
             torch.device(value)
@@ -32,11 +34,11 @@ def _device(value: str) -> str:
     return value
 
 
-class _Block(BaseModel):
+class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
-class CollectConfig(_Block):
+class CollectConfig(Block):
     """How a stage gathers its own experience."""
 
     num_envs: PositiveInt
@@ -47,7 +49,7 @@ class CollectConfig(_Block):
     """Whether an environment whose episode ended starts another within the iteration; null: unless whole episodes are judged."""
 
 
-class SupervisedConfig(_Block):
+class SupervisedConfig(Block):
     """A supervised term that rides on a stage that learns from its own rollouts."""
 
     data: Component
@@ -58,7 +60,7 @@ class SupervisedConfig(_Block):
     """Weight of the term; [from, to] moves linearly over the stage."""
 
 
-class StageConfig(_Block):
+class StageConfig(Block):
     """One stage of a run: an algorithm, what it learns from, and for how long."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
@@ -85,7 +87,7 @@ class StageConfig(_Block):
     """Samples per forward and backward pass; null takes the whole mini-batch at once."""
 
 
-class EvaluationConfig(_Block):
+class EvaluationConfig(Block):
     """How the policy is measured, before and after each stage and perhaps within it."""
 
     episodes: PositiveInt = 512
@@ -104,7 +106,7 @@ class EvaluationConfig(_Block):
     """Id of the first evaluation task; training draws its ids below it."""
 
 
-class CheckpointConfig(_Block):
+class CheckpointConfig(Block):
     """When a run is saved."""
 
     every: PositiveInt = 10
@@ -113,14 +115,14 @@ class CheckpointConfig(_Block):
     """Complete checkpoints kept on disk."""
 
 
-class RunConfig(_Block):
+class RunConfig(Block):
     """Everything that determines a run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][\w.-]*$")]
     """The run's folder under ``output``."""
     seed: NonNegativeInt = 0
     """Source of every random number of the run."""
-    device: Annotated[str, AfterValidator(_device)] = "auto"
+    device: Annotated[str, AfterValidator(device_name)] = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:1."""
     threads: PositiveInt | None = None
     """Torch's threads within an operation; null leaves torch's choice."""
@@ -146,15 +148,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     A top-level ``base: other.yaml`` (relative to the file) is read first and the file laid over it. List items are addressed by
     index or by their name; a block that names another ``target`` replaces the old one whole. Raises ConfigError.
     """
-    data = _resolved(Path(path), overrides)
-    try:
-        config = validate(RunConfig, data)
-    except Problems as error:
-        raise error.as_config_error(data, source=str(path)) from error
+    config = load_as(RunConfig, path, overrides)
     refusals = [f"{path}: {sentence}" for sentence in _refusals(config)]
     if refusals:
         raise ConfigError("\n".join(refusals))
     return config
+
+
+def load_as(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
+    """``load`` for another kind of configuration, without the checks that are a run's own."""
+    data = _resolved(Path(path), overrides)
+    try:
+        return validate(kind, data)
+    except Problems as error:
+        raise error.as_config_error(data, source=str(path)) from error
 
 
 def dump(config: RunConfig) -> str:

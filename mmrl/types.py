@@ -303,6 +303,32 @@ class Examples:
 
 
 @dataclass(frozen=True)
+class Episode:
+    """One recorded episode of T moments: what was seen, done and earned at each.
+
+    observation: its T rows are the moments before each action. actions_TA and rewards_T: what followed. success and terminated:
+    how it ended (an episode that did not terminate was cut by its time limit). task_id: of the environment.
+    """
+
+    observation: Observation
+    actions_TA: Tensor
+    rewards_T: Tensor
+    success: bool
+    terminated: bool
+    task_id: int
+
+    def __post_init__(self) -> None:
+        t = self.observation.batch_size
+        if t == 0:
+            raise ShapeError("Episode.observation has no rows; an episode has at least one moment")
+        _expect("Episode", "actions_TA", self.actions_TA, t, None)
+        _expect("Episode", "rewards_T", self.rewards_T, t)
+
+    def __len__(self) -> int:
+        return self.observation.batch_size
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A policy's second look at N decisions, with gradients: log-probabilities, entropies and values of the same units."""
 

@@ -110,6 +110,7 @@ class Tabletop:
         self._video = Painter(self._domain, 192, self.device)
         self._instructions: list[str] = []
         self._restart(torch.zeros(num_envs, dtype=torch.int64, device=self.device))
+        self._verdict = self._judge(self._state)
         self._done_B = torch.ones(num_envs, dtype=torch.bool, device=self.device)
 
     def reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Observation:
@@ -121,6 +122,7 @@ class Tabletop:
             self._restart(task_B)
         else:
             self._restart_some(task_B, where_B.to(self.device).nonzero()[:, 0])
+        self._limit_B = self._limit_F[self._layout.family_B]
         self._verdict = self._judge(self._state)
         self._backgrounds = {name: camera.background(self._layout) for name, camera in self._cameras.items()}
         return self._observe()
@@ -133,8 +135,9 @@ class Tabletop:
         actions_BCA = actions_BCA.detach().to(self.device, torch.float32)
         rewards, valid = [], []
         for action_BA in actions_BCA.unbind(1):
-            valid.append(~self._done_B)
-            rewards.append(self._advance(action_BA))
+            alive_B = ~self._done_B
+            valid.append(alive_B)
+            rewards.append(self._advance(action_BA, alive_B))
         success_B = self._verdict.success_B
         metrics = {"success": success_B.float(), "distance": self._verdict.distance_B, "progress": self._verdict.progress_B}
         return Step(
@@ -185,8 +188,8 @@ class Tabletop:
         self._layout, self._state = self._sampler.sample(task_B)
         measure_start(self._layout, self._state)
         self._instructions = self._sampler.instructions(self._layout)
-        self._palette_BP = palette(self._domain, self._layout.light_B)
-        self._verdict = self._judge(self._state)
+        if self._cameras:
+            self._palette_BP = palette(self._domain, self._layout.light_B)
         self._done_B = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
 
     def _restart_some(self, task_B: Tensor, index_M: Tensor) -> None:
@@ -194,7 +197,8 @@ class Tabletop:
         measure_start(layout, state)
         write_rows(self._layout, layout, index_M)
         write_rows(self._state, state, index_M)
-        self._palette_BP[index_M] = palette(self._domain, layout.light_B)
+        if self._cameras:
+            self._palette_BP[index_M] = palette(self._domain, layout.light_B)
         for slot, sentence in zip(index_M.tolist(), self._sampler.instructions(layout), strict=True):
             self._instructions[slot] = sentence
         self._done_B = self._done_B.index_fill(0, index_M, False)
@@ -202,15 +206,15 @@ class Tabletop:
     def _judge(self, state: State) -> Verdict:
         return judge(self._layout, state, self.config.tolerance)
 
-    def _advance(self, action_BA: Tensor) -> Tensor:
+    def _advance(self, action_BA: Tensor, alive_B: Tensor) -> Tensor:
         """One action in every slot that is not done; the rewards [B]."""
-        before, alive_B = self._verdict, ~self._done_B
+        before = self._verdict
         self._state = choose(alive_B, self._physics.advance(self._state, self._layout, action_BA), self._state)
         self._verdict = self._judge(self._state)
         reward_B = self._verdict.success_B.float()
         if self.config.reward == "dense":
             reward_B = reward_B + (self._verdict.progress_B - before.progress_B)
-        late_B = self._state.step_B >= self._limit_F[self._layout.family_B]
+        late_B = self._state.step_B >= self._limit_B
         self._done_B = self._done_B | self._verdict.success_B | late_B
         return torch.where(alive_B, reward_B, 0.0)
 

@@ -36,6 +36,16 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     return fmean(values), student_quantile(confidence, n - 1) * stdev(values) / math.sqrt(n)
 
 
+def percent(values: Sequence[float], confidence: float = 0.95) -> str:
+    """The mean of shares such as success rates over seeds, with its t interval where there are several.
+
+    >>> percent([0.5]), percent([0.5, 0.5, 0.53])
+    ('50.0 %', '51.0 ± 4.3 %')
+    """
+    mean, half = mean_interval([100 * value for value in values], confidence)
+    return f"{mean:.1f} %" if math.isinf(half) else f"{mean:.1f} ± {half:.1f} %"
+
+
 def student_quantile(confidence: float, freedom: int) -> float:
     """The t that |T| stays below with probability ``confidence``, T Student's t with ``freedom`` (a whole number) degrees.
 

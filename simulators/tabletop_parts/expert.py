@@ -48,7 +48,7 @@ def _above(place_B3: Tensor, distance_B: Tensor) -> Tensor:
 
 def _reach(layout: Layout, state: State, verdict: Verdict) -> Waypoint:
     block_B3 = state.blocks_BK3[:, 0]
-    distance_B = length(block_B3[:, :2] - state.gripper_B3[:, :2])
+    distance_B = length(block_B3 - state.gripper_B3, 2)
     return _above(block_B3, distance_B), torch.zeros_like(layout.stacked_B)
 
 
@@ -60,7 +60,7 @@ def _fetch(layout: Layout, state: State, verdict: Verdict) -> Waypoint:
     holding_B = state.held_B == due_B
     block_B3, goal_B3 = state.blocks_BK3[row_B, due_B], verdict.goal_B23[row_B, due_B]
     place_B3 = torch.where(holding_B[:, None], goal_B3, block_B3)
-    distance_B = length(place_B3[:, :2] - state.gripper_B3[:, :2])
+    distance_B = length(place_B3 - state.gripper_B3, 2)
     there_B = (distance_B < _ALIGNED) & (state.gripper_B3[:, 2] < place_B3[:, 2] + _GRASP_Z + 0.02)
     fingers_open_B = state.open_B > 0.5
     close_B = torch.where(holding_B, ~there_B, there_B & fingers_open_B)
@@ -76,14 +76,15 @@ def _push(layout: Layout, state: State, verdict: Verdict) -> Waypoint:
     from_block_B2 = gripper_B3[:, :2] - block_B3[:, :2]
     along_B = from_block_B2[:, 0] * ahead_B2[:, 0] + from_block_B2[:, 1] * ahead_B2[:, 1]
     aside_B = (from_block_B2[:, 0] * ahead_B2[:, 1] - from_block_B2[:, 1] * ahead_B2[:, 0]).abs()
-    behind_B = (along_B < -0.02) & (along_B > -0.2) & (aside_B < torch.where(gripper_B3[:, 2] < 0.04, _ASTRAY, 0.04))
     low_B = gripper_B3[:, 2] < 0.04
-    stride_B = goal_distance_B.clamp(max=_STRIDE / _GAIN) * (1 - aside_B / _ASTRAY).clamp(min=0.0)  # first back into line
-    advance_B = torch.where(behind_B & low_B, stride_B, -0.02) - CONTACT
-    target_B2 = block_B3[:, :2] + ahead_B2 * advance_B[:, None]
-    close_by_B = length(from_block_B2) < 0.15
-    blocked_B = ~behind_B & close_by_B & (gripper_B3[:, 2] < 0.08)  # rise before going around the block
+    pushing_B = low_B & (along_B < -0.02) & (along_B > -0.2) & (aside_B < _ASTRAY)
+    start_B2 = block_B3[:, :2] - ahead_B2 * (CONTACT + 0.02)
+    stride_B = goal_distance_B.clamp(max=_STRIDE / _GAIN)
+    target_B2 = torch.where(pushing_B[:, None], gripper_B3[:, :2] + ahead_B2 * stride_B[:, None], start_B2)
+    height_B = torch.where(pushing_B, 0.01, 0.01 + _funnel(length(start_B2 - gripper_B3[:, :2], 2)))
+    close_by_B = length(from_block_B2, 2) < 0.15
+    under_B = close_by_B & (gripper_B3[:, 2] < 0.08)
+    blocked_B = under_B & ~pushing_B & (height_B > gripper_B3[:, 2])  # rise before going around the block
     target_B2 = torch.where(blocked_B[:, None], gripper_B3[:, :2], target_B2)
-    height_B = torch.where(behind_B, 0.01, _HOVER)
-    around_B = (state.open_B > 0.5) & close_by_B & (gripper_B3[:, 2] < 0.08)  # closing here would grasp it
+    around_B = (state.open_B > 0.5) & under_B  # closing here would grasp it
     return torch.cat([target_B2, height_B[:, None]], dim=1), (state.held_B < 0) & ~around_B

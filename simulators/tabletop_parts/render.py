@@ -125,7 +125,7 @@ class Painter:
 
     def _paint_zones(self, canvas: Tensor, layout: Layout, centre_B3: Tensor | None) -> Tensor:
         ids_B2 = layout.zone_colour_B2 + len(COLOURS) * (layout.family_B == PICK_PLACE).long()[:, None]
-        place_B23 = torch.cat([layout.zone_xy_B22, torch.zeros_like(layout.zone_xy_B22[..., :1])], dim=-1)
+        place_B23 = layout.zone_B23
         self._stamp(canvas, self.zones, ids_B2, self._project(place_B23, centre_B3), self._palette_offset(layout))
         return canvas
 

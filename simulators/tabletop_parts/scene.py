@@ -6,8 +6,9 @@ The workspace is [0, 1] x [0, 1], heights go up to CEILING. Absent objects stand
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 import torch
@@ -43,13 +44,18 @@ class Layout:
     combination_BK: Tensor  # int64
     present_BK: Tensor  # bool
     zone_colour_B2: Tensor  # int64
-    zone_xy_B22: Tensor
+    zone_B23: Tensor
     stacked_B: Tensor  # bool: the goal is block 1, not zone 0
     template_B: Tensor  # int64, index into the family's templates
     light_B: Tensor  # in [-1, 1]: how bright this episode is
     drift_B: Tensor  # in [-1, 1]: how pushed blocks slip
-    start_goal_B2: Tensor  # distance of blocks 0 and 1 to their goals at the start; tasks.py fills these two in
-    start_reach_B2: Tensor  # distance of the gripper to blocks 0 and 1 at the start
+    # What judging needs at every step and no step changes; tasks.measure_start fills these in.
+    reach_B1: Tensor = field(default_factory=lambda: torch.empty(0))  # bool: the family is reach
+    sort_B1: Tensor = field(default_factory=lambda: torch.empty(0))  # bool: the family is sort
+    radius_B2: Tensor = field(default_factory=lambda: torch.empty(0))  # how near to its goal a block must lie
+    weight_B3: Tensor = field(default_factory=lambda: torch.empty(0))  # share of each stage in the progress
+    start_goal_B2: Tensor = field(default_factory=lambda: torch.empty(0))  # distance of blocks 0 and 1 to their goals
+    start_reach_B2: Tensor = field(default_factory=lambda: torch.empty(0))  # distance of the gripper to blocks 0 and 1
 
     @property
     def colour_BK(self) -> Tensor:
@@ -125,20 +131,18 @@ class Sampler:
         present_BK = self._present(family_B, stacked_B, extra_BN[:, 1])
         zone_xy_B22, block_xy_BK2 = _place(objects_BN, extra_BN[:, 2:4], k)
         has_zones_B = (family_B != REACH) & ~stacked_B
-        blocks_BK3 = torch.cat([block_xy_BK2, torch.zeros_like(block_xy_BK2[..., :1])], dim=-1)
+        blocks_BK3 = _on_the_table(block_xy_BK2)
         layout = Layout(
             task_B=task_B.clone(),
             family_B=family_B,
             combination_BK=combination_BK,
             present_BK=present_BK,
             zone_colour_B2=_zone_colours(family_B, combination_BK // len(SHAPES), extra_BN[:, 4:6]),
-            zone_xy_B22=torch.where(has_zones_B[:, None, None], zone_xy_B22, ABSENT),
+            zone_B23=_on_the_table(torch.where(has_zones_B[:, None, None], zone_xy_B22, ABSENT)),
             stacked_B=stacked_B,
             template_B=self._template(family_B, extra_BN[:, 6]),
             light_B=extra_BN[:, 7] * 2 - 1,
             drift_B=extra_BN[:, 8] * 2 - 1,
-            start_goal_B2=torch.ones(b, NAMED, device=task_B.device),
-            start_reach_B2=torch.ones(b, NAMED, device=task_B.device),
         )
         low, size = (torch.tensor(v, device=task_B.device) for v in ((0.2, 0.2, 0.15), (0.6, 0.6, 0.1)))
         state = State(
@@ -180,16 +184,30 @@ class Sampler:
     def instructions(self, layout: Layout) -> list[str]:
         """The sentence of each episode."""
         columns: Sequence[list[int]] = [
-            t.tolist() for t in (layout.family_B, layout.template_B, layout.stacked_B.long(), layout.zone_colour_B2[:, 0])
+            t.tolist()
+            for t in (
+                layout.family_B,
+                layout.template_B,
+                layout.stacked_B.long(),
+                layout.zone_colour_B2[:, 0],
+                *layout.combination_BK[:, :NAMED].unbind(1),
+            )
         ]
-        rows = zip(*columns, layout.combination_BK[:, :NAMED].tolist(), strict=True)
-        return [self._sentence(*row) for row in rows]
+        return [
+            _sentence(self.templates[family][template], family, *row) for family, template, *row in zip(*columns, strict=True)
+        ]
 
-    def _sentence(self, family: int, template: int, stacked: int, zone_colour: int, named: list[int]) -> str:
-        first, second = (block_name(*divmod(combination, len(SHAPES))) for combination in named)
-        zone = COLOURS[zone_colour]
-        other = f"{zone} tray" if family == PICK_PLACE and not stacked else second
-        return self.templates[family][template].format(a=first, b=other, z=zone)
+
+@functools.cache
+def _sentence(template: str, family: int, stacked: int, zone_colour: int, first: int, second: int) -> str:
+    a, b = (block_name(*divmod(combination, len(SHAPES))) for combination in (first, second))
+    z = COLOURS[zone_colour]
+    return template.format(a=a, b=f"{z} tray" if family == PICK_PLACE and not stacked else b, z=z)
+
+
+def _on_the_table(xy: Tensor) -> Tensor:
+    """Places in the plane as points of height 0."""
+    return torch.cat([xy, torch.zeros_like(xy[..., :1])], dim=-1)
 
 
 def _pick(u_B: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simulators.tabletop_parts.physics import SUPPORT_RADIUS, length
+from simulators.tabletop_parts.physics import SUPPORT_RADIUS, constant, length
 from simulators.tabletop_parts.scene import BLOCK_HEIGHT, NAMED, REACH, SORT, Layout, State
 
 GOAL_RADIUS = 0.09  # how close to a zone's centre a block must lie
@@ -34,16 +34,10 @@ class Verdict:
     progress_B: Tensor
 
 
-def _space(xyz: Tensor) -> Tensor:
-    x, y, z = xyz.unbind(-1)
-    return (x * x + y * y + z * z).sqrt()
-
-
 def _goals(layout: Layout, blocks_B23: Tensor) -> Tensor:
-    ground_B23 = torch.cat([layout.zone_xy_B22, torch.zeros_like(layout.zone_xy_B22[..., :1])], dim=-1)
-    on_top_B3 = blocks_B23[:, 1] + blocks_B23.new_tensor((0.0, 0.0, BLOCK_HEIGHT))
-    first_B3 = torch.where(layout.stacked_B[:, None], on_top_B3, ground_B23[:, 0])
-    return torch.stack([first_B3, ground_B23[:, 1]], dim=1)
+    on_top_B3 = blocks_B23[:, 1] + constant((0.0, 0.0, BLOCK_HEIGHT), blocks_B23.device)
+    first_B3 = torch.where(layout.stacked_B[:, None], on_top_B3, layout.zone_B23[:, 0])
+    return torch.stack([first_B3, layout.zone_B23[:, 1]], dim=1)
 
 
 def judge(layout: Layout, state: State, tolerance: float) -> Verdict:
@@ -51,30 +45,32 @@ def judge(layout: Layout, state: State, tolerance: float) -> Verdict:
     blocks_B23 = state.blocks_BK3[:, :NAMED]
     goal_B23 = _goals(layout, blocks_B23)
     to_goal_B23 = goal_B23 - blocks_B23
-    goal_distance_B2 = length(to_goal_B23[..., :2])
-    radius_B2 = torch.where(layout.stacked_B, SUPPORT_RADIUS, GOAL_RADIUS)[:, None]
-    slot_2 = torch.arange(NAMED, device=radius_B2.device)
-    held_B2 = slot_2 == state.held_B[:, None]
-    placed_B2 = (goal_distance_B2 < radius_B2) & (to_goal_B23[..., 2].abs() < _LEVEL) & ~held_B2
+    goal_distance_B2 = length(to_goal_B23, 2)
+    held_B2 = constant(range(NAMED), state.held_B.device) == state.held_B[:, None]
+    placed_B2 = (goal_distance_B2 < layout.radius_B2) & (to_goal_B23[..., 2].abs() < _LEVEL) & ~held_B2
     to_block_B23 = blocks_B23 - state.gripper_B3[:, None]
-    reach_distance_B2 = _space(to_block_B23)
-    near_B = (length(to_block_B23[:, 0, :2]) < tolerance) & (state.gripper_B3[:, 2] < REACH_HEIGHT)
-    reach_B, sort_B = layout.family_B == REACH, layout.family_B == SORT
-    done_B2 = torch.where(reach_B[:, None], near_B[:, None], placed_B2)
-    success_B = done_B2[:, 0] & (done_B2[:, 1] | ~sort_B)
-    left_B2 = torch.where(reach_B[:, None], reach_distance_B2, goal_distance_B2)
-    distance_B = torch.where(sort_B, torch.maximum(left_B2[:, 0], left_B2[:, 1]), left_B2[:, 0])
-    near_B2 = 1 - (reach_distance_B2 / layout.start_reach_B2).clamp(max=1.0)
+    plane_B2, reach_distance_B2 = length(to_block_B23, 2), length(to_block_B23, 3)
+    near_B2 = (plane_B2 < tolerance) & (state.gripper_B3[:, 2:] < REACH_HEIGHT)
+    done_B2 = torch.where(layout.reach_B1, near_B2, placed_B2)
+    success_B = torch.where(layout.sort_B1, done_B2.all(1, keepdim=True), done_B2)[:, 0]
+    left_B2 = torch.where(layout.reach_B1, reach_distance_B2, goal_distance_B2)
+    distance_B = torch.where(layout.sort_B1, left_B2.amax(1, keepdim=True), left_B2)[:, 0]
+    closer_B2 = 1 - (reach_distance_B2 / layout.start_reach_B2).clamp(max=1.0)
     there_B2 = 1 - (goal_distance_B2 / layout.start_goal_B2).clamp(max=1.0)
-    weight_B3 = near_B2.new_tensor(_STAGES)[layout.family_B]
-    stages_B2 = near_B2 * weight_B3[:, :1] + held_B2 * weight_B3[:, 1:2] + there_B2 * weight_B3[:, 2:]
-    progress_B2 = torch.where(placed_B2 & ~reach_B[:, None], 1.0, stages_B2)
-    progress_B = torch.where(sort_B, (progress_B2[:, 0] + progress_B2[:, 1]) * 0.5, progress_B2[:, 0])
+    closer_B1, held_B1, there_B1 = layout.weight_B3[:, None].unbind(-1)
+    stages_B2 = closer_B2 * closer_B1 + held_B2 * held_B1 + there_B2 * there_B1
+    progress_B2 = torch.where(placed_B2 & ~layout.reach_B1, 1.0, stages_B2)
+    first_B, second_B = progress_B2.unbind(1)
+    progress_B = torch.where(layout.sort_B1[:, 0], (first_B + second_B) * 0.5, first_B)
     return Verdict(success_B, placed_B2, goal_B23, goal_distance_B2, reach_distance_B2, distance_B, progress_B)
 
 
 def measure_start(layout: Layout, state: State) -> None:
-    """Write the distances that progress is relative to into a freshly drawn layout."""
+    """Write what judging a freshly drawn layout is relative to into it: its family's rules and the distances at the start."""
+    layout.reach_B1, layout.sort_B1 = ((layout.family_B == family)[:, None] for family in (REACH, SORT))
+    layout.radius_B2 = torch.where(layout.stacked_B, SUPPORT_RADIUS, GOAL_RADIUS)[:, None].repeat(1, NAMED)
+    layout.weight_B3 = constant(_STAGES, layout.family_B.device)[layout.family_B]
+    layout.start_goal_B2 = layout.start_reach_B2 = torch.ones_like(layout.radius_B2)
     verdict = judge(layout, state, tolerance=0.0)
     layout.start_goal_B2 = verdict.goal_distance_B2.clamp(min=0.05)
     layout.start_reach_B2 = verdict.reach_distance_B2.clamp(min=0.05)

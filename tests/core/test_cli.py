@@ -189,8 +189,9 @@ def test_help_answers_without_loading_torch() -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom mmrl.cli import app\n"
         "out = CliRunner().invoke(app, ['--help']).output\n"
-        "print(sorted(c for c in ('train', 'evaluate', 'report', 'doctor', 'show-config') if c in out), 'torch' in sys.modules)"
+        "print(sorted(c for c in ('train', 'evaluate', 'collect', 'statistics', 'report', 'doctor', 'show-config')"
+        " if c in out), 'torch' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60, check=True)
-    assert done.stdout.strip() == "['doctor', 'evaluate', 'report', 'show-config', 'train'] False"
+    assert done.stdout.strip() == "['collect', 'doctor', 'evaluate', 'report', 'show-config', 'statistics', 'train'] False"

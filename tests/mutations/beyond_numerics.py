@@ -1,5 +1,5 @@
 # ruff: noqa: E501 (source lines are copied as they stand)
-"""Planted bugs outside the numerics: in the pi0 policy, and in what collects, learns and demonstrates. See mutations.py."""
+"""Planted bugs outside the numerics: in policies and simulators, and in what collects, learns and demonstrates. See mutations.py."""
 
 from __future__ import annotations
 
@@ -401,5 +401,26 @@ CORE: tuple[Row, ...] = (
         'self.run_.streams.load(sections["generators"])',
         "pass",
         "tests/core/test_endurance.py::test_a_run_killed_again_and_again_ends_where_an_unkilled_one_does",
+    ),
+    (
+        "demonstrations: random bursts are imitated",
+        "mmrl/data/demonstrations.py",
+        "valid.append(step.valid_BC[:, 0] & own_B)",
+        "valid.append(step.valid_BC[:, 0])",
+        "tests/core/test_interruptions.py::test_only_the_experts_own_actions_are_imitated_up_to_the_next_burst",
+    ),
+    (
+        "demonstrations: a chunk runs on through a burst",
+        "mmrl/data/demonstrations.py",
+        "last_N1 = _ends(valid_BL)[slots_N, times_N, None] - 1",
+        "last_N1 = valid_BL.sum(1)[slots_N, None] - 1",
+        "tests/core/test_interruptions.py::test_only_the_experts_own_actions_are_imitated_up_to_the_next_burst",
+    ),
+    (
+        "demonstrations: a burst is noise at every step",
+        "mmrl/data/demonstrations.py",
+        "torch.where(begins_B[:, None], spread_BA, self._held_BA)",
+        "spread_BA",
+        "tests/core/test_interruptions.py::test_bursts_hold_one_random_action_within_the_bounds_and_come_as_often_as_asked",
     ),
 )

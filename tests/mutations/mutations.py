@@ -163,9 +163,12 @@ OTHERS = (
 )  # fmt: skip
 
 _BEYOND = runpy.run_path(str(Path(__file__).with_name("beyond_numerics.py")))
-_GYMNASIUM = runpy.run_path(str(Path(__file__).with_name("mlp_and_gymnasium.py")))
 PI0 = tuple(Mutation(f"pi0: {name}", *rest, tests=tuple(tests.split())) for name, *rest, tests in _BEYOND["PI0"])
 CORE = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _BEYOND["CORE"])
-GYMNASIUM = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _GYMNASIUM["GYMNASIUM"])
+_GYMNASIUM = runpy.run_path(str(Path(__file__).with_name("gymnasium_rows.py")))["GYMNASIUM"]
+GYMNASIUM = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _GYMNASIUM)
 
-MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM)
+_DATA = runpy.run_path(str(Path(__file__).with_name("data_sets.py")))["DATA"]
+DATA = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _DATA)
+
+MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM, *DATA)

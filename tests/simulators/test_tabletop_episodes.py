@@ -196,7 +196,7 @@ def test_a_named_block_is_never_ambiguous_and_objects_never_overlap() -> None:
     both = layout.present_BK[:, :, None] & layout.present_BK[:, None] & ~torch.eye(k, dtype=torch.bool)
     xy = state.blocks_BK3[..., :2]
     assert torch.cdist(xy, xy)[both].min() > 0.15
-    assert torch.cdist(xy, layout.zone_xy_B22)[layout.present_BK].min() > 0.12 + 0.075
+    assert torch.cdist(xy, layout.zone_B23[..., :2])[layout.present_BK].min() > 0.12 + 0.075
     assert layout.present_BK[:, 2:].sum(1).unique().tolist() == [2, 3, 4, 5]
 
 

@@ -19,7 +19,7 @@ def scene(gripper: tuple[float, float, float], *blocks: tuple[float, float, floa
     env._state.gripper_B3[0] = torch.tensor(gripper)
     env._state.blocks_BK3[:] = -9.0
     env._layout.present_BK[:] = False
-    env._layout.zone_xy_B22[:] = -9.0
+    env._layout.zone_B23[..., :2] = -9.0
     for slot, place in enumerate(blocks):
         env._state.blocks_BK3[0, slot] = torch.tensor(place)
         env._layout.present_BK[0, slot] = True
@@ -48,6 +48,25 @@ def test_a_fist_pushes_open_fingers_straddle_and_height_clears() -> None:
         env = scene((0.3, 0.5, z), (0.45, 0.5, 0.0))
         act(env, *[(1.0, 0.0, 0.0, grip)] * 3)
         assert block(env) == ([round(0.3 + 0.24 + 0.095, 3), 0.5, 0.0] if moved else [0.45, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("aside", [0.0, 0.03, -0.06, 0.085])
+@pytest.mark.parametrize("direction", [(1.0, 0.0), (0.6, -0.8)])
+def test_an_off_centre_push_moves_a_block_along_and_not_aside(aside: float, direction: tuple[float, float]) -> None:
+    (cosine, sine), contact = direction, 0.095
+    forward = (contact**2 - aside**2) ** 0.5 + 0.01
+    start = (0.4 + forward * cosine - aside * sine, 0.5 + forward * sine + aside * cosine)
+    env = scene((0.4, 0.5, 0.0), (*start, 0.0))
+    act(env, (0, 0, 0, CLOSE), *[(cosine, sine, 0.0, CLOSE)] * 3)
+    moved = 3 * 0.08 - 0.01
+    assert block(env)[:2] == pytest.approx([start[0] + moved * cosine, start[1] + moved * sine], abs=2e-3)
+
+
+def test_a_fist_leaves_alone_what_is_beside_its_way_behind_it_or_below_it() -> None:
+    for start, action in (((0.4, 0.6, 0.0), (1, 0, 0)), ((0.38, 0.54, 0.0), (1, 0, 0)), ((0.43, 0.54, 0.0), (0, 0, -1))):
+        env = scene((0.4, 0.5, 0.0), start)
+        act(env, *[(*map(float, action), CLOSE)] * 3)
+        assert block(env) == list(start)
 
 
 def test_grasp_carry_and_release_onto_another_block() -> None:

@@ -1,13 +1,13 @@
-# ruff: noqa: E501 (source lines are copied as they stand)
-"""Planted bugs in the MLP, in gymnasium environments and in what they asked of the core. See mutations.py."""
+# ruff: noqa: E501
+"""Bugs to plant in simulators/gymnasium.py, policies/mlp.py and what they asked of the core; rows as in beyond_numerics.py."""
 
 from __future__ import annotations
 
-# (name, file, source, replacement, tests separated by spaces)
 Row = tuple[str, str, str, str, str]
 
 _MLP_TEST = "tests/policies/test_mlp.py"
 _GYMNASIUM_TEST = "tests/simulators/test_gymnasium.py"
+
 GYMNASIUM: tuple[Row, ...] = (
     (
         "mlp: dimensions averaged",
