@@ -22,10 +22,14 @@ from mmrl.types import Examples, Observation
 HOPELESS = 1000  # failed demonstrations after which there is no point in waiting for a success
 
 
-def record(environment: Environment, task_ids_B: Tensor, horizon: int, *, only_successes: bool) -> Examples:
+def record(
+    environment: Environment, task_ids_B: Tensor, horizon: int, *, only_successes: bool, slots: int | None = None
+) -> Examples:
     """One expert episode per slot: every moment with the ``horizon`` actions that followed it, slot by slot in time order.
 
-    After an episode's end the last action repeats and the mask is False.
+    slots: keep the episodes of the first so many only (None: of all).
+
+    After an episode's end the last action repeats and the mask is False. An episode that the simulator lost is left out.
     """
     if not isinstance(environment, ExpertEnvironment):
         raise MMRLError(f"{type(environment).__name__} has no scripted expert; take demonstrations from a data set instead")
@@ -41,6 +45,9 @@ def record(environment: Environment, task_ids_B: Tensor, horizon: int, *, only_s
         if bool(step.done_B.all()):
             break
     valid_BL = torch.stack(valid, 1)
+    valid_BL &= ~step.lost_B[:, None]
+    if slots is not None:
+        valid_BL[slots:] = False
     if only_successes:
         valid_BL &= (step.metrics["success"] > 0.5)[:, None]
     slots_N, times_N = valid_BL.nonzero(as_tuple=True)
@@ -52,6 +59,15 @@ def record(environment: Environment, task_ids_B: Tensor, horizon: int, *, only_s
     state = None if seen[0].state is None else torch.stack([m.state for m in seen if m.state is not None], 1)[slots_N, times_N]
     images = {name: torch.stack([m.images[name] for m in seen], 1)[slots_N, times_N] for name in seen[0].images}
     return Examples(Observation(images, state, tuple(sentences[t][b] for b, t in where)), actions_NHA, window_NH <= last_N1)
+
+
+def _record_all(environment: Environment, task_ids_M: Tensor, horizon: int, *, only_successes: bool) -> Examples:
+    """``record`` each of M tasks once, a round of all slots at a time; the last round is filled up and the filling left out."""
+    parts = []
+    for tasks in task_ids_M.split(environment.num_envs):
+        filled_B = torch.cat([tasks, tasks[-1:].expand(environment.num_envs - len(tasks))])
+        parts.append(record(environment, filled_B, horizon, only_successes=only_successes, slots=len(tasks)))
+    return concat(parts)
 
 
 def concat(parts: list[Examples]) -> Examples:
@@ -78,17 +94,20 @@ class ScriptedDemonstrations:
         """Demonstrations to record."""
         first_task: int = 500_000
         """Task id of the first one."""
+        num_envs: int | None = Field(default=None, gt=0)
+        """Environments that record at once; null: one for each demonstration."""
         only_successes: bool = True
         """Leave failed demonstrations out."""
         environment: dict[str, Any] = field(default_factory=dict)
         """Overrides of the run's environment block."""
 
     def __init__(self, config: Config, *, context: DataContext) -> None:
-        environment = context.make_environment(config.episodes, config.environment)
+        slots = min(config.num_envs or config.episodes, config.episodes)
+        environment = context.make_environment(slots, config.environment)
         # Another seed of the run means other demonstrations.
         first = config.first_task + context.seed * config.episodes
         tasks = torch.arange(first, first + config.episodes, device=context.device)
-        self._examples = record(environment, tasks, context.horizon, only_successes=config.only_successes)
+        self._examples = _record_all(environment, tasks, context.horizon, only_successes=config.only_successes)
         environment.close()
         if len(self._examples) == 0:
             raise MMRLError(

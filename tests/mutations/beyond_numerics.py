@@ -403,3 +403,77 @@ CORE: tuple[Row, ...] = (
         "tests/core/test_endurance.py::test_a_run_killed_again_and_again_ends_where_an_unkilled_one_does",
     ),
 )
+
+_LOST, _WORKERS = "tests/core/test_lost_episodes.py", "tests/core/test_workers.py"
+ROBOTS: tuple[Row, ...] = (
+    (
+        "rollout: of a lost episode only the last decision is dropped",
+        "mmrl/rollout.py",
+        "valid_TB[first_t : last_t + 1, slot] = False",
+        "valid_TB[last_t, slot] = False",
+        f"{_LOST}::test_a_lost_episode_is_invalid_from_its_first_decision_and_the_slot_goes_on",
+    ),
+    (
+        "rollout: a lost episode is recorded as a failure",
+        "mmrl/rollout.py",
+        "self.finish(step, ended_B & ~step.lost_B, task_ids_B)",
+        "self.finish(step, ended_B, task_ids_B)",
+        f"{_LOST}::test_a_lost_episode_is_invalid_from_its_first_decision_and_the_slot_goes_on",
+    ),
+    (
+        "rollout: what a lost episode earned goes to the next one",
+        "mmrl/rollout.py",
+        "self.returns_B = torch.where(ended_B, 0.0, self.returns_B)",
+        "self.returns_B = torch.where(ended_B & ~step.lost_B, 0.0, self.returns_B)",
+        f"{_LOST}::test_a_lost_episode_is_invalid_from_its_first_decision_and_the_slot_goes_on",
+    ),
+    (
+        "grpo: an incomplete group counts",
+        "mmrl/algorithms/grpo.py",
+        "(complete_P & spread_P & in_range_P).repeat",
+        "(spread_P & in_range_P).repeat",
+        f"{_LOST}::test_grpo_leaves_an_incomplete_group_out",
+    ),
+    (
+        "evaluation: a lost episode is a failure",
+        "mmrl/evaluation.py",
+        'torch.cat([r[name][~r["lost"]] for r in rounds])',
+        "torch.cat([r[name] for r in rounds])",
+        f"{_LOST}::test_evaluation_counts_what_it_cannot_play",
+    ),
+    (
+        "demonstrations: a lost episode is one",
+        "mmrl/data/demonstrations.py",
+        "valid_BL &= ~step.lost_B[:, None]",
+        "pass",
+        f"{_LOST}::test_demonstrations_leave_lost_episodes_out",
+    ),
+    (
+        "workers: an episode that was over is lost too",
+        "mmrl/workers/environment.py",
+        "            if self._running_B[slot]:\n",
+        "            if True:\n",
+        f"{_WORKERS}::test_an_episode_that_was_over_is_not_lost",
+    ),
+    (
+        "workers: actions after the end are executed",
+        "mmrl/workers/process.py",
+        "                if self._done[slot]:\n                    break\n",
+        "",
+        f"{_WORKERS}::test_workers_give_the_trajectories_of_a_loop",
+    ),
+    (
+        "workers: actions are not clipped",
+        "mmrl/workers/environment.py",
+        ".clip(self._low_A, self._high_A)",
+        "",
+        f"{_WORKERS}::test_workers_give_the_trajectories_of_a_loop",
+    ),
+    (
+        "workers: the server outlives a run whose worker hangs",
+        "mmrl/workers/server.py",
+        "    signal.setitimer(signal.ITIMER_REAL, _SECONDS, _SECONDS)\n",
+        "",
+        f"{_WORKERS}::test_workers_end_with_their_parent_and_leave_nothing",
+    ),
+)
