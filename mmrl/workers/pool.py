@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 from mmrl.errors import MMRLError
 from mmrl.workers.process import Failure, main
+from mmrl.workers.server import PRELOAD
 from mmrl.workers.single import Description
 
 LOG = logging.getLogger("mmrl.workers")
@@ -29,13 +31,13 @@ class WorkerError(MMRLError):
     """Workers are lost again and again, or one cannot be started."""
 
 
-_PRELOADED = ["mmrl.workers.server", "__main__", "mmrl.workers.process"]
+_CONTEXT.set_forkserver_preload(["mmrl.workers.server", "__main__"])
 
 
 def preload(*modules: str) -> None:
     """Import these once for all workers instead of once in each. Works until the first worker of this process has started."""
-    _PRELOADED.extend(module for module in modules if module not in _PRELOADED)
-    _CONTEXT.set_forkserver_preload(list(_PRELOADED))
+    wanted = [*filter(None, os.environ.get(PRELOAD, "").split(",")), "mmrl.workers.process", *modules]
+    os.environ[PRELOAD] = ",".join(dict.fromkeys(wanted))
 
 
 @dataclass

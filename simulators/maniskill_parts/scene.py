@@ -8,11 +8,13 @@ images when a chunk is over. That, the seeds and the numbers in the state reach 
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
-import mani_skill.envs  # noqa: F401  (registers the tasks)
+import mani_skill
+import mani_skill.envs  # registers the tasks
 import numpy as np
 import torch
 from mani_skill.utils.registration import REGISTERED_ENVS
@@ -22,8 +24,11 @@ from mmrl.errors import EnvironmentMissing, MMRLError
 from mmrl.types import ActionSpec
 from simulators.maniskill_parts.options import Options, sentences
 
+mani_skill.logger.setLevel("ERROR")  # it warns at every reset that the task's own actors have no initial pose
 _ICDS = Path("/usr/share/vulkan/icd.d")
-_DRIVER = "apt-get install libvulkan1 mesa-vulkan-drivers` (Mesa 24.3 or newer; on Debian 12 `apt-get install -t bookworm-backports"
+# Debian 12's own Mesa is too old.
+_RELEASE = " -t bookworm-backports" if "bookworm" in platform.freedesktop_os_release().get("VERSION", "") else ""
+_DRIVER = f"apt-get install{_RELEASE} libvulkan1 mesa-vulkan-drivers"
 
 
 class Result(NamedTuple):
@@ -48,7 +53,9 @@ class Scene:
         self.action_spec = ActionSpec(len(space.low), tuple(space.low.tolist()), tuple(space.high.tolist()))
         self.max_steps: int = options.max_steps or REGISTERED_ENVS[options.task].max_episode_steps or 200
         info = self.env.get_info()
-        self.metric_names = tuple(sorted({"success", *(k for k, v in info.items() if isinstance(v, Tensor) and v.dtype == torch.bool)}))
+        self.metric_names = tuple(
+            sorted({"success", *(k for k, v in info.items() if isinstance(v, Tensor) and v.dtype == torch.bool)})
+        )
 
     def reset(self, task_ids: list[int], env_idx: Tensor | None = None) -> list[str]:
         """Start episodes, in the environments ``env_idx`` (None: all); their instructions.
@@ -106,7 +113,8 @@ def _make(options: Options, num_envs: int, gpu: bool) -> Any:
     cuda = torch.cuda.is_available()
     if options.render and not cuda and (_ICDS / "lvp_icd.json").exists():
         os.environ.setdefault("VK_ICD_FILENAMES", str(_ICDS / "lvp_icd.json"))  # Mesa's other drivers need devices
-    extra = {} if options.robot is None else {"robot_uids": options.robot}
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's own threads only slow down a machine full of workers
+    extra: dict[str, Any] = {} if options.robot is None else {"robot_uids": options.robot}
     try:
         env: Any = gymnasium.make(
             options.task,
@@ -121,13 +129,14 @@ def _make(options: Options, num_envs: int, gpu: bool) -> Any:
             human_render_camera_configs={"width": 256, "height": 256},
             **extra,
         ).unwrapped
-    except KeyError as error:
-        raise MMRLError(f"ManiSkill's {options.task} has no {error} (control_mode is '{options.control_mode}')") from error
+    except (AssertionError, KeyError) as error:  # what ManiSkill makes of a name that it does not know
+        about = f"control_mode '{options.control_mode}', robot {options.robot or 'of its own'}"
+        raise MMRLError(f"ManiSkill's {options.task} does not work with {about} ({error})") from error
     except RuntimeError as error:
         if "device" not in str(error).lower() and "vulkan" not in str(error).lower():
             raise
         raise EnvironmentMissing(
-            f"a Vulkan driver that ManiSkill can render with ({error})", f"{_DRIVER} mesa-vulkan-drivers"
+            f"a Vulkan driver that ManiSkill can render with (on the CPU, Mesa 24.3 or newer: {error})", _DRIVER
         ) from error
     env._obs_mode = "none"  # see the module
     return env
