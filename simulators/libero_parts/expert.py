@@ -1,6 +1,6 @@
-"""A scripted expert for tasks in which one thing is put onto or into another: the tasks of libero_object.
+"""A scripted expert for tasks in which one thing is put into another: libero_object.
 
-Works from the scene as it is, without memory, and never turns the hand.
+Works from the scene as it is, without memory, and never turns the hand: for cans and small boxes, not for bottles and cartons.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from mmrl.errors import MMRLError
 Array = np.ndarray[Any, Any]
 _REACH = 0.05  # metres of an action of 1, in robosuite's OSC_POSE controller
 OPEN, CLOSED = -1.0, 1.0
-_HOVER = 0.14  # metres above things at which they are carried, so that nothing is knocked over
+_HOVER = 0.14  # metres above a thing from which the hand goes straight down
+_CARRY = 0.26  # metres above the container at which a thing is carried and let go: over its rim
+_OVER = 0.03  # metres in the plane from the container's middle at which it is let go
 _NEAR = 0.012  # metres in the plane within which the hand goes straight down
-_CLEAR = 0.06  # metres above the container at which the thing is let go
 
 
 def expert_action(env: Any, observation: Any) -> Array:
@@ -28,13 +29,13 @@ def expert_action(env: Any, observation: Any) -> Array:
         )
     thing, place, hand = (np.asarray(observation[f"{name}_pos"]) for name in (*names, "robot0_eef"))
     held = env.env._check_grasp(gripper=env.robots[0].gripper, object_geoms=env.env.objects_dict[names[0]])
-    if np.linalg.norm((thing - place)[:2]) < 0.05:
-        return _go(hand, hand + np.array([0, 0, 0.05]), OPEN)
+    apart = float(np.linalg.norm((thing - place)[:2]))
+    if apart < _OVER:
+        return _go(hand, hand + np.array([0, 0, 0.03]), OPEN)
     if held:
-        apart = float(np.linalg.norm((thing - place)[:2]))
-        rising = thing[2] < place[2] + _CLEAR and apart > 0.05
+        rising = thing[2] < place[2] + 0.8 * _CARRY
         aim = thing if rising else place
-        return _go(thing, np.array([aim[0], aim[1], place[2] + _HOVER]), CLOSED)
+        return _go(thing, np.array([aim[0], aim[1], place[2] + _CARRY]), CLOSED)
     return _fetch(hand, thing)
 
 

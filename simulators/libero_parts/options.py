@@ -24,6 +24,9 @@ class Options:
     """Actions without motion before an episode, in which objects come to rest, as published evaluations do."""
     image_size: int = Field(default=256, ge=16)
     """Side of the camera images, in pixels."""
+    mirror: bool = True
+    """Whether left and right are exchanged, as in what openpi's and OpenVLA's policies learned from (they turn LIBERO's pictures,
+    which lie upside down in memory, by half a turn); false shows them as a camera would, and writing can be read."""
     render: bool = True
     """Whether observations have images; without, only state and instruction."""
     seed: int = 0

@@ -32,7 +32,7 @@ _VIDEO = 256  # pixels
 
 
 class Single:
-    """See ``mmrl.workers.single.SingleEnvironment``. The simulation is built anew where the next task is another of the suite's."""
+    """See ``mmrl.workers.single.SingleEnvironment``. The simulation is built anew where the next task is another of the suite."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -60,10 +60,11 @@ class Single:
     def reset(self, task_id: int) -> str:
         """The official initial state number ``task_id // number of tasks``, over and over."""
         task = self._tasks[task_id % len(self._tasks)]
+        self._build(task)
         # The furniture that no initial state moves is placed with numpy's global generator.
         np.random.seed(np.random.SeedSequence([self._options.seed, task_id]).generate_state(1))
-        self._build(task)
         self._env.reset()
+        self._forget()
         states = self._starts[task]
         self._observation = self._env.set_init_state(states[task_id // len(self._tasks) % len(states)])
         for _ in range(self._options.settle_steps):
@@ -94,8 +95,8 @@ class Single:
             self._env.close()
 
     def _picture(self, camera: str, size: int) -> Array:
-        """Half a turn from what MuJoCo's buffer holds: the way up that published policies (openpi, OpenVLA) were trained with."""
-        return self._env.sim.render(width=size, height=size, camera_name=CAMERAS[camera])[::-1, ::-1]
+        picture_HWC = self._env.sim.render(width=size, height=size, camera_name=CAMERAS[camera])[::-1]  # the lowest row is first
+        return picture_HWC[:, ::-1] if self._options.mirror else picture_HWC
 
     def _build(self, task: int) -> None:
         if task == self._task:
@@ -109,6 +110,13 @@ class Single:
             raise EnvironmentMissing(f"EGL, with which LIBERO renders ({error})", _EGL) from error
         self._env.env.hard_reset = False  # a new simulation for each episode takes seconds and changes nothing
         self._task = task
+
+    def _forget(self) -> None:
+        """Clear what robosuite keeps from the last episode where it does not build a new simulation: controller and fingers."""
+        self._env.sim.forward()  # controllers take their bearings from where things are
+        for robot in self._env.robots:
+            robot.gripper.current_action = np.zeros_like(robot.gripper.current_action)
+            robot.reset(deterministic=True)
 
     def _initial_states(self, task: int) -> Array:
         try:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from mmrl.protocols import Environment, ExpertEnvironment
 from mmrl.types import Observation, Step
+from mmrl.workers.environment import WorkerEnvironment
 from simulators.tabletop import Tabletop
+from tests.core.counting import Config as CountingConfig
 
 CPU = torch.device("cpu")
 _SHORT = {"reach": 12, "push": 7, "pick_place": 9, "sort": 11}
@@ -21,12 +23,17 @@ def _tabletop(num_envs: int, **fields: Any) -> Tabletop:
     return Tabletop(Tabletop.Config(image_size=32, max_steps=_SHORT, **fields), num_envs=num_envs, device=CPU)
 
 
+def _workers(num_envs: int) -> WorkerEnvironment:
+    return WorkerEnvironment("tests.core.counting:Counting", CountingConfig(), num_envs=num_envs, device=CPU, workers=2)
+
+
 # name -> a small, short environment of so many slots
 ENVIRONMENTS: dict[str, Callable[[int], Any]] = {
     "tabletop": lambda num_envs: _tabletop(num_envs),
     "tabletop, real domain, dense reward, two cameras": lambda num_envs: _tabletop(
         num_envs, domain="real", reward="dense", wrist_camera=True
     ),
+    "single environments in workers": _workers,
 }
 TASKS = torch.tensor([7, 3, 11, 8, 20])
 

@@ -42,10 +42,10 @@ def images_of(observation: Observation) -> Tensor:
 
 
 def test_images_show_the_scene_and_actions_move_it(make: Make) -> None:
-    environment = make(2, task="PushCube-v1", render=True, image_size=48)
+    environment = make(2, task="PushCube-v1", render=True, image_size=96)
     first = environment.reset(torch.tensor([3, 4]))
     picture = images_of(first)
-    assert picture.shape == (2, 48, 48, 3) and picture.float().std() > 10
+    assert picture.shape == (2, 96, 96, 3) and picture.float().std() > 10
     # The cube is blue, and lies elsewhere in another episode.
     blue_BHW = (picture[..., 2].int() - picture[..., 0].int()) > 40
     assert blue_BHW.flatten(1).sum(1).min() > 3 and not torch.equal(blue_BHW[0], blue_BHW[1])
