@@ -476,4 +476,32 @@ ROBOTS: tuple[Row, ...] = (
         "",
         f"{_WORKERS}::test_workers_end_with_their_parent_and_leave_nothing",
     ),
+    (
+        "maniskill: the scene of the last episode is kept",
+        "simulators/maniskill_parts/scene.py",
+        'options={"reconfigure": True}',
+        "options={}",
+        "tests/contracts/test_robots.py::test_robots_keep_the_contract",
+    ),
+    (
+        "libero: the controller remembers the last episode",
+        "simulators/libero_parts/single.py",
+        "        self._forget()\n",
+        "",
+        "tests/contracts/test_robots.py::test_robots_keep_the_contract",
+    ),
+    (
+        "libero: pictures lie upside down",
+        "simulators/libero_parts/single.py",
+        "camera_name=CAMERAS[camera])[::-1]",
+        "camera_name=CAMERAS[camera])",
+        "tests/simulators/test_libero.py::test_pictures_are_the_right_way_up_and_mirrored_on_request",
+    ),
+    (
+        "batched maniskill: what a slot shows moves on after its end",
+        "simulators/maniskill_parts/batched.py",
+        "                self._observe(frozen_B)\n                frozen_B =",
+        "                frozen_B =",
+        "tests/simulators/test_maniskill.py::test_the_batched_class_gives_what_the_workers_give",
+    ),
 )

@@ -57,8 +57,9 @@ def test_pictures_are_the_right_way_up_and_mirrored_on_request(make: Make) -> No
         assert torch.equal(seen[True].images[camera], seen[False].images[camera].flip(2))
     view = seen[False].images["agentview"][0].float().mean(2)
     # The robot, white on grey, stands at the back, which is up; a camera that looks at it has the basket (y > 0) on its right.
-    assert view[8:20, 27:36].mean() > view[8:20, 2:12].mean() + 20 and view[44:56, 27:36].std() < view[8:20, 27:36].std()
-    assert view[28:40, 46:58].std() > 2 * view[28:40, 6:18].std()
+    lightness = view[8:20, 27:36].mean() - view[8:20, 2:12].mean()
+    assert lightness > 20 and lightness > 20 + view.flip(0)[8:20, 27:36].mean() - view.flip(0)[8:20, 2:12].mean()
+    assert view[28:40, 46:58].std() > 1.5 * view[28:40, 6:18].std()
 
 
 def test_tasks_and_initial_states_in_turn(make: Make) -> None:
