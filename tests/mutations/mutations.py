@@ -163,8 +163,9 @@ OTHERS = (
 )  # fmt: skip
 
 _BEYOND = runpy.run_path(str(Path(__file__).with_name("beyond_numerics.py")))
+_ROBOTS = runpy.run_path(str(Path(__file__).with_name("robots.py")))
 PI0 = tuple(Mutation(f"pi0: {name}", *rest, tests=tuple(tests.split())) for name, *rest, tests in _BEYOND["PI0"])
 CORE = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _BEYOND["CORE"])
 
-ROBOTS = tuple(Mutation(name, *rest, tests=tuple(tests.split())) for name, *rest, tests in _BEYOND["ROBOTS"])
+ROBOTS = tuple(Mutation(name, *rest, tests=tuple(tests.split())) for name, *rest, tests in _ROBOTS["ROBOTS"])
 MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *ROBOTS)
