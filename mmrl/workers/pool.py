@@ -6,12 +6,14 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from types import ModuleType
 from typing import Any
 
 from mmrl.errors import MMRLError
@@ -31,7 +33,7 @@ class WorkerError(MMRLError):
     """Workers are lost again and again, or one cannot be started."""
 
 
-_CONTEXT.set_forkserver_preload(["mmrl.workers.server", "__main__"])
+_CONTEXT.set_forkserver_preload(["mmrl.workers.server"])
 
 
 def preload(*modules: str) -> None:
@@ -159,7 +161,8 @@ class WorkerPool:
         process = _CONTEXT.Process(
             target=main, args=(theirs, self._target, self._config, self._slots[index]), daemon=True, name=f"worker {index}"
         )
-        process.start()
+        with _without_main():
+            process.start()
         theirs.close()  # so that the worker's death is the end of the pipe
         return _Member(process, ours, time.monotonic() + self._start_limit)
 
@@ -202,6 +205,20 @@ class WorkerPool:
                 "see what it printed, and what `mmrl doctor` says"
             )
         LOG.warning("worker %d %s and is restarted; its episodes are dropped", index, why)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep multiprocessing from running the user's script again in a process that starts here.
+
+    Workers need nothing of what it defines, and it may not be made for that (no ``if __name__ == "__main__"``).
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _end_of(process: ForkServerProcess) -> str:

@@ -245,12 +245,12 @@ import sys, time
 import torch
 from mmrl.workers.environment import WorkerEnvironment
 from tests.core.counting import Config
-if __name__ == "__main__":
-    environment = WorkerEnvironment("tests.core.counting:Counting", Config(), num_envs=2, device=torch.device("cpu"), workers=2)
-    environment.reset(torch.tensor([1, 2]))
-    print(*environment.pool.pids, environment._board.name, flush=True)
-    time.sleep(600 if sys.argv[1] == "sleep" else 0)
-    raise SystemExit(3)
+# No guard against being imported: workers leave the script alone.
+environment = WorkerEnvironment("tests.core.counting:Counting", Config(), num_envs=2, device=torch.device("cpu"), workers=2)
+environment.reset(torch.tensor([1, 2]))
+print(*environment.pool.pids, environment._board.name, flush=True)
+time.sleep(600 if sys.argv[1] == "sleep" else 0)
+raise SystemExit(3)
 """
 
 
