@@ -33,7 +33,8 @@ def _steps_per_second(target: str) -> str:
     seconds, cameras = _time(target, 1, _SLOW)
     envs = 1 if seconds > _SLOW else _ENVS
     seconds, cameras = _time(target, envs, _SECONDS)
-    return f"{envs / seconds:,.0f} steps/s at {envs} environment{'s' * (envs > 1)} ({cameras or 'no camera'})"
+    rate = envs / seconds
+    return f"{rate:,.{0 if rate >= 10 else 1}f} steps/s at {envs} environment{'s' * (envs > 1)} ({cameras or 'no camera'})"
 
 
 def _time(target: str, envs: int, budget: float) -> tuple[float, str]:
