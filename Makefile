@@ -7,7 +7,12 @@ PY ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
-SYSTEM_PACKAGES := chromium
+# Simulators render through Vulkan and EGL. Debian 12's own Mesa is too old for ManiSkill; its backports have a newer one.
+RENDERERS := libvulkan1 mesa-vulkan-drivers libegl1 libegl-mesa0 libgl1 libglib2.0-0
+BACKPORTS := bookworm-backports
+
+EXTRAS_lint := lint
+EXTRAS_test := test,maniskill,libero
 
 .PHONY: quickstart test check lint format clean
 .DEFAULT_GOAL := check
@@ -41,7 +46,7 @@ clean:
 
 .venv/.installed-%: pyproject.toml | .venv/bin/pip
 	@echo "Installing mmrl and its $* tools into .venv; this takes a few minutes."
-	@$(PIP) install -e '.[$*]'
+	@$(PIP) install -e '.[$(EXTRAS_$*)]'
 	@touch .venv/.installed $@
 
 # apt-get, as root or through a sudo that asks for no password; fails where there is neither.
@@ -62,5 +67,11 @@ endef
 .PHONY: system-packages
 system-packages:
 	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name >/dev/null && exit; done; \
-	    { echo "Installing $(SYSTEM_PACKAGES), in which a test opens the report."; $(APT) apt $(SYSTEM_PACKAGES); } || \
-	    echo "$(SYSTEM_PACKAGES) is not installed and there are no rights to install it; the tests that need it are skipped."
+	    { echo "Installing chromium, in which a test opens the report."; $(APT) apt chromium; } || \
+	    echo "chromium is not installed and there are no rights to install it; the tests that need it are skipped."
+	@$(BIN)/python -m mmrl.probes vulkan | grep -q '"ok": true' && $(BIN)/python -m mmrl.probes egl | grep -q '"ok": true' || \
+	    ( [ "$$CI" = true ] || exit 1; echo "Installing Mesa, with which simulators render."; $(APT) \
+	    if grep -q bookworm /etc/os-release; then \
+	        echo "deb http://deb.debian.org/debian $(BACKPORTS) main" | root tee /etc/apt/sources.list.d/$(BACKPORTS).list >/dev/null; \
+	        apt -t $(BACKPORTS) $(RENDERERS); else apt $(RENDERERS); fi ) || \
+	    echo "There is no renderer for simulators, so the tests that render are skipped; mmrl doctor says what to install."

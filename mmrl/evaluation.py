@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmrl.checkpoint import atomic_write_text
+from mmrl.errors import TrainingError
 from mmrl.numerics.statistics import wilson_interval
 from mmrl.progress import Progress
 from mmrl.protocols import Environment, Policy, RenderEnvironment
@@ -21,6 +22,7 @@ from mmrl.report.video import write_animation
 from mmrl.types import Observation
 
 VIDEO_FPS = 10
+ATTEMPTS = 3  # how often an episode is played that the simulator loses
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,15 @@ class FamilyResult:
 
 @dataclass(frozen=True)
 class EvaluationResult(FamilyResult):
-    """Success and return over all episodes and per family; ``length`` is the mean in env steps."""
+    """Success and return over all episodes and per family; ``length`` is the mean in env steps.
+
+    lost: episodes that the simulator lost at every attempt; they are not among ``episodes``.
+    """
 
     length: float
     families: Mapping[str, FamilyResult]
     seconds: float
+    lost: int = 0
 
     def row(self) -> dict[str, Any]:
         """The result as a row of metrics.jsonl."""
@@ -58,7 +64,8 @@ class EvaluationResult(FamilyResult):
 
     def sentence(self) -> str:
         success = f"success {self.success:.1%} [{self.low:.1%}, {self.high:.1%}]"
-        return f"{success}, return {self.return_:.4g} ± {self.return_std:.2g} (std) over {self.episodes} episodes"
+        lost = f" ({self.lost} more were lost by the simulator)" if self.lost else ""
+        return f"{success}, return {self.return_:.4g} ± {self.return_std:.2g} (std) over {self.episodes} episodes{lost}"
 
 
 @dataclass
@@ -89,38 +96,50 @@ def evaluate(
 ) -> EvaluationResult:
     """Run the tasks ``first_task ..`` once each, ``num_envs`` at a time; exactly ``episodes`` count.
 
+    An episode that the simulator loses is played again, ATTEMPTS times in all, and then left out and counted. Raises
+    TrainingError where none is left.
+
     ``videos`` of the first ``num_envs`` episodes, taken from the families in turn before anything ran, go to ``video_folder``.
     The numbers depend on policy, tasks and generator, not on what is filmed.
     """
     started = time.perf_counter()
     rounds: list[dict[str, Tensor]] = []
-    tasks_M = torch.arange(first_task, first_task + episodes, device=generator.device)
+    pending_M = torch.arange(first_task, first_task + episodes, device=generator.device)
     with progress.task(f"evaluating {label}".strip(), episodes) as advance:
-        for tasks in tasks_M.split(environment.num_envs):
-            missing = environment.num_envs - len(tasks)
-            tasks_B = torch.cat([tasks, tasks[-1:].expand(missing)])
-            slots = (
-                _video_slots(environment.family_of(tasks), videos)
-                if not rounds and video_folder is not None
-                else torch.zeros(0).long()
-            )
-            film = _Film(slots, [])
-            outcome, instructions = _play(policy, environment, tasks_B, generator, film)
-            if video_folder is not None and film.frames:
-                _save_films(film, outcome, instructions, environment.family_of(tasks_B), video_folder, label, stage)
-            rounds.append({name: value[: len(tasks)] for name, value in outcome.items()})
-            advance(len(tasks))
-    results = {name: torch.cat([r[name] for r in rounds]).cpu() for name in rounds[0]}
+        for _ in range(ATTEMPTS):
+            lost: list[Tensor] = []
+            for tasks in pending_M.split(environment.num_envs):
+                missing = environment.num_envs - len(tasks)
+                tasks_B = torch.cat([tasks, tasks[-1:].expand(missing)])
+                slots = (
+                    _video_slots(environment.family_of(tasks), videos)
+                    if not rounds and video_folder is not None
+                    else torch.zeros(0).long()
+                )
+                film = _Film(slots, [])
+                outcome, instructions = _play(policy, environment, tasks_B, generator, film)
+                if video_folder is not None and film.frames:
+                    _save_films(film, outcome, instructions, environment.family_of(tasks_B), video_folder, label, stage)
+                rounds.append({name: value[: len(tasks)] for name, value in outcome.items()})
+                lost.append(tasks[rounds[-1]["lost"]])
+                advance(len(tasks) - len(lost[-1]))
+            pending_M = torch.cat(lost)
+            if len(pending_M) == 0:
+                break
+    results = {name: torch.cat([r[name][~r["lost"]] for r in rounds]).cpu() for name in rounds[0]}
+    if len(results["task"]) == 0:
+        raise TrainingError(f"the simulator lost each of {episodes} evaluation episodes {ATTEMPTS} times; see `mmrl doctor`")
     by_family: dict[str, list[int]] = defaultdict(list)
-    for episode, family in enumerate(environment.family_of(tasks_M)):
+    for episode, family in enumerate(environment.family_of(results["task"])):
         by_family[family].append(episode)
     families = {name: _family(results, episodes) for name, episodes in sorted(by_family.items())}
-    overall = _family(results, list(range(len(tasks_M))))
+    overall = _family(results, list(range(len(results["task"]))))
     return EvaluationResult(
         **asdict(overall),
         length=float(results["steps"].float().mean()),
         families=families,
         seconds=time.perf_counter() - started,
+        lost=len(pending_M),
     )
 
 
@@ -147,7 +166,7 @@ def _video_slots(families: tuple[str, ...], videos: int) -> Tensor:
 def _play(
     policy: Policy, environment: Environment, tasks_B: Tensor, generator: torch.Generator, film: _Film
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """One episode per slot: success, return and env steps [B], and the instructions."""
+    """One episode per slot: success, return, env steps and whether the simulator lost it [B], and the instructions."""
     observation: Observation = environment.reset(tasks_B)
     instructions = observation.instructions
     done_B = torch.zeros(environment.num_envs, dtype=torch.bool, device=generator.device)
@@ -166,7 +185,8 @@ def _play(
             if film.frames:
                 film.shoot(environment)
         observation = step.observation
-    return {"success": success_B, "return": return_B, "steps": steps_B, "task": tasks_B}, instructions
+    outcome = {"success": success_B, "return": return_B, "steps": steps_B, "task": tasks_B, "lost": step.lost_B}
+    return outcome, instructions
 
 
 def _save_films(
@@ -181,6 +201,8 @@ def _save_films(
     folder.mkdir(parents=True, exist_ok=True)
     frames_TM = torch.stack(film.frames)
     for m, slot in enumerate(film.slots_M.tolist()):
+        if bool(outcome["lost"][slot]):
+            continue
         steps = int(outcome["steps"][slot])
         name = f"{stage}-{label}-{slot:04d}"
         success = bool(outcome["success"][slot] > 0.5)

@@ -136,6 +136,7 @@ class RolloutLearner(Learner):
             **{f"advantages/{name}": number for name, number in advantages.metrics.items()},
             "rollout/decisions": float(rollout.decisions),
             "rollout/env_steps": float(rollout.env_steps),
+            "rollout/lost_episodes": float(rollout.lost),
             "rollout/trained_decisions": float(len(batch)),
             "speed/env_steps_per_s": rollout.env_steps / collect,
             "speed/decisions_per_s": rollout.decisions / (collect + score + update),

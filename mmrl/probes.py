@@ -14,7 +14,8 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 
-SEMAPHORE = "VK_KHR_external_semaphore_fd"  # SAPIEN, ManiSkill's renderer, asks for it; Mesa's CPU driver has it since 24.3
+# SAPIEN, ManiSkill's renderer, works on drivers with one of these and not on Mesa 22.3's for the CPU, which has neither.
+SHARING = ("VK_KHR_external_semaphore_fd", "VK_EXT_external_memory_dma_buf")
 
 
 def module(name: str) -> str:
@@ -55,9 +56,9 @@ def vulkan(_: str) -> str:
     library.vkEnumeratePhysicalDevices(instance, ctypes.byref(count), None)
     devices = (ctypes.c_void_p * count.value)()
     library.vkEnumeratePhysicalDevices(instance, ctypes.byref(count), devices)
-    found = {_device_name(library, device): SEMAPHORE in _extensions(library, device) for device in devices}
+    found = {_device_name(library, device): bool(_extensions(library, device) & set(SHARING)) for device in devices}
     if not any(found.values()):
-        raise RuntimeError(f"no device with {SEMAPHORE} ({', '.join(found) or 'no device at all'})")
+        raise RuntimeError(f"no device with {' or '.join(SHARING)} ({', '.join(found) or 'no device at all'})")
     return ", ".join(name for name, usable in found.items() if usable)
 
 

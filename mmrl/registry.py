@@ -86,12 +86,12 @@ def _import(target: str, module_name: str) -> ModuleType:
 
 
 def install_command(module: str) -> str:
-    """The pip command that brings ``module``: through an extra of this distribution if one lists it."""
+    """The pip command that brings ``module``: through an extra of this distribution if one lists it or is called like it."""
     wanted = _normalised(module)
     for requirement in _requirements():
         name = re.match(r"[\w.-]+", requirement)
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
-        if name and extra and _normalised(name[0]) == wanted:
+        if name and extra and wanted in (_normalised(name[0]), _normalised(extra[1])):
             return f"pip install '{DISTRIBUTION}[{extra[1]}]'"
     return f"pip install {wanted}"
 

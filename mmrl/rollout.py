@@ -3,7 +3,7 @@
 Every rollout starts with fresh episodes, so that nothing but a task counter has to survive between iterations (and a resumed run
 is the unbroken run, with any simulator). Within a rollout a slot whose episode ends either starts the next task at once
 (auto-reset) or stays idle, its decisions marked invalid. An episode that the end of the rollout cuts is bootstrapped from the
-critic, like a truncation.
+critic, like a truncation. An episode that the simulator lost (Step.lost_B) counts for nothing: its decisions are marked invalid.
 """
 
 from __future__ import annotations
@@ -39,11 +39,17 @@ class _EpisodeLog:
         self.lengths_B = torch.zeros(num_envs, dtype=torch.long, device=device)
         self.finished: list[EpisodeRecord] = []
         self.slots: list[Tensor] = []
+        self.first_B = torch.zeros_like(self.lengths_B)  # the decision with which the running episode began
+        self.lost: list[tuple[int, int, int]] = []  # (slot, first decision, last decision)
 
-    def add(self, step: Step, valid_B: Tensor, ended_B: Tensor, task_ids_B: Tensor) -> None:
+    def add(self, t: int, step: Step, valid_B: Tensor, ended_B: Tensor, task_ids_B: Tensor) -> None:
         self.returns_B += (step.rewards_BC * step.valid_BC).sum(1) * valid_B
         self.lengths_B += step.valid_BC.sum(1) * valid_B
-        self.finish(step, ended_B, task_ids_B)
+        self.lost += [(slot, int(self.first_B[slot]), t) for slot in (ended_B & step.lost_B).nonzero()[:, 0].tolist()]
+        self.finish(step, ended_B & ~step.lost_B, task_ids_B)
+        self.first_B = torch.where(ended_B, t + 1, self.first_B)
+        self.returns_B = torch.where(ended_B, 0.0, self.returns_B)
+        self.lengths_B = torch.where(ended_B, 0, self.lengths_B)
 
     def finish(self, step: Step, ended_B: Tensor, task_ids_B: Tensor) -> None:
         if not bool(ended_B.any()):
@@ -54,8 +60,6 @@ class _EpisodeLog:
             EpisodeRecord(task_ids_B[ended_B], self.returns_B[ended_B], success, self.lengths_B[ended_B], metrics)
         )
         self.slots.append(ended_B.nonzero().squeeze(1))
-        self.returns_B = torch.where(ended_B, 0.0, self.returns_B)
-        self.lengths_B = torch.where(ended_B, 0, self.lengths_B)
 
 
 class Collector:
@@ -92,7 +96,7 @@ class Collector:
             decision = policy.act(observation, generator, explore=True)
             step = env.step(decision.action_BCA)
             ended_B = step.done_B & running_B
-            log.add(step, running_B, ended_B, tasks_B)
+            log.add(t, step, running_B, ended_B, tasks_B)
             final_values_B = _values_of(value, step.observation, ended_B & step.truncated_B, generator)
             columns.append(_Column(decision, step, running_B, tasks_B, final_values_B))
             observation = step.observation
@@ -126,6 +130,8 @@ def _assemble(columns: list[_Column], last_values_B: Tensor, log: _EpisodeLog, *
     following_TB = torch.cat([values_TB[1:], last_values_B[None]])
     final_TB = torch.stack([c.final_values_B for c in columns])
     valid_TB = torch.stack([c.valid_B for c in columns])
+    for slot, first_t, last_t in log.lost:
+        valid_TB[first_t : last_t + 1, slot] = False
     rewards_TB = torch.stack([(c.step.rewards_BC * c.step.valid_BC).sum(1) for c in columns])
     return Rollout(
         trace=traces,
@@ -140,15 +146,20 @@ def _assemble(columns: list[_Column], last_values_B: Tensor, log: _EpisodeLog, *
         task_ids_TB=torch.stack([c.task_ids_B for c in columns]),
         episodes=_episodes(log, columns[-1], ordered=ordered),
         env_steps=sum(int((c.step.valid_BC & c.valid_B[:, None]).sum()) for c in columns),
+        lost=len(log.lost),
     )
 
 
 def _episodes(log: _EpisodeLog, last: _Column, *, ordered: bool) -> EpisodeRecord:
-    """Finished episodes; without auto-reset also the unfinished ones (their slots still run), one per slot and in slot order."""
-    if not ordered:
-        return EpisodeRecord.concat(log.finished) if log.finished else _empty(last)
-    log.finish(last.step, last.valid_B & ~last.step.done_B, last.task_ids_B)
-    return EpisodeRecord.concat(log.finished).select(torch.cat(log.slots).argsort())
+    """Finished episodes. Without auto-reset also the unfinished ones (their slots still run), and in the order of the slots: one
+    for each, but for those whose episode was lost.
+    """
+    if ordered:
+        log.finish(last.step, last.valid_B & ~last.step.done_B, last.task_ids_B)
+    if not log.finished:
+        return _empty(last)
+    record = EpisodeRecord.concat(log.finished)
+    return record.select(torch.cat(log.slots).argsort()) if ordered else record
 
 
 def _empty(last: _Column) -> EpisodeRecord:

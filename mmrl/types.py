@@ -136,6 +136,8 @@ class Step:
     rewards_BC and valid_BC: per executed action; an environment that ends inside the chunk ignores the rest (valid False,
     reward 0).
     terminated_B: the task ended by itself (success or failure). truncated_B: the time limit ended it; never both.
+    lost_B: the simulator broke down in the middle of the episode, which therefore must not count; as with the other two, the slot
+    stays so until it is reset. Neither terminated nor truncated; left out, no slot is lost.
     metrics: name -> float tensor [B]; ``success`` (0 or 1, at this moment) is always there.
     """
 
@@ -145,12 +147,15 @@ class Step:
     terminated_B: Tensor
     truncated_B: Tensor
     metrics: Mapping[str, Tensor]
+    lost_B: Tensor = None  # pyright: ignore[reportAssignmentType]  (filled in below)
 
     def __post_init__(self) -> None:
         b = self.observation.batch_size
+        if self.lost_B is None:
+            object.__setattr__(self, "lost_B", torch.zeros_like(self.terminated_B))
         _expect("Step", "rewards_BC", self.rewards_BC, b, None)
         _expect("Step", "valid_BC", self.valid_BC, *self.rewards_BC.shape)
-        for name in ("terminated_B", "truncated_B"):
+        for name in ("terminated_B", "truncated_B", "lost_B"):
             _expect("Step", name, getattr(self, name), b)
         if "success" not in self.metrics:
             raise ShapeError("Step.metrics lacks 'success'; every environment reports it")
@@ -159,7 +164,8 @@ class Step:
 
     @property
     def done_B(self) -> Tensor:
-        return self.terminated_B | self.truncated_B
+        """Where nothing more happens until a reset."""
+        return self.terminated_B | self.truncated_B | self.lost_B
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,8 @@ class Rollout:
     valid_TB [[True], [True]], terminated_TB [[False], [True]], truncated_TB all False, values_TB [[0.4], [0.7]] and
     next_values_TB [[0.7], [v]]: v is the value of the final observation, which termination makes irrelevant.
 
-    trace: name -> [T, B, ...]. valid_TB False marks decisions after the end of an episode (no auto-reset) - they carry no loss.
+    trace: name -> [T, B, ...]. valid_TB False marks decisions after the end of an episode (no auto-reset), and all those
+    of an episode that the simulator lost (see Step.lost_B) - they carry no loss. lost: how many episodes it lost.
     task_ids_TB: which task each decision belongs to. episodes: finished episodes, one row each (see EpisodeRecord).
     """
 
@@ -186,6 +193,7 @@ class Rollout:
     task_ids_TB: Tensor
     episodes: EpisodeRecord
     env_steps: int
+    lost: int = 0
 
     def __post_init__(self) -> None:
         t, b = self.rewards_TB.shape

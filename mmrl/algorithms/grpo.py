@@ -6,6 +6,7 @@ Shao et al. 2024 (arXiv 2402.03300). Groups are G episodes of one task id, so th
 Departures: no KL by default; groups without spread carry no signal and are left out of the loss (and counted), as in DAPO
 (arXiv 2503.14476); groups whose success rate is outside ``success_range`` likewise, as pi_RL filters at 0.1-0.9. The loss is the
 mean over the decisions that are left, so an episode weighs by its number of decisions (pi_RL can weigh all episodes alike).
+A group that the simulator lost an episode of is left out, as if it had not been played.
 """
 
 from __future__ import annotations
@@ -57,17 +58,25 @@ class GRPO:
         """Slots p G .. (p+1) G - 1 hold the episodes of task p, one whole episode each."""
         groups = -1, self.group_size
         returns_B = (rollout.rewards_TB * rollout.valid_TB).sum(0)
-        returns_PG = returns_B.reshape(groups)
-        success_PG = rollout.episodes.success_M.reshape(groups)
-        advantages_PG = group_relative(returns_PG, scale=self.config.scale, baseline=self.config.baseline, eps=1e-6)
+        played_B = rollout.valid_TB.any(0)
+        success_B = torch.zeros_like(returns_B)
+        success_B[played_B] = rollout.episodes.success_M.to(returns_B.dtype)
+        returns_PG, success_PG = returns_B.reshape(groups), success_B.reshape(groups)
+        complete_P = played_B.reshape(groups).all(1)
+        advantages_PG = torch.zeros_like(returns_PG)
+        if bool(complete_P.any()):
+            advantages_PG[complete_P] = group_relative(
+                returns_PG[complete_P], scale=self.config.scale, baseline=self.config.baseline, eps=1e-6
+            )
         spread_P = returns_PG.amax(1) - returns_PG.amin(1) > 1e-6
         low, high = self.config.success_range or (0.0, 1.0)
         rate_P = success_PG.float().mean(1)
         in_range_P = (rate_P >= low) & (rate_P <= high)
-        keep_B = (spread_P & in_range_P).repeat_interleave(self.group_size)
+        keep_B = (complete_P & spread_P & in_range_P).repeat_interleave(self.group_size)
         metrics = {
-            "groups_without_spread": float((~spread_P).float().mean()),
-            "groups_out_of_range": float((spread_P & ~in_range_P).float().mean()),
+            "groups_incomplete": float((~complete_P).float().mean()),
+            "groups_without_spread": float((complete_P & ~spread_P).float().mean()),
+            "groups_out_of_range": float((complete_P & spread_P & ~in_range_P).float().mean()),
         }
         advantages_TB = advantages_PG.reshape(1, -1).expand_as(rollout.rewards_TB)
         return Advantages(advantages_TB, torch.zeros_like(rollout.rewards_TB), rollout.valid_TB & keep_B, metrics)

@@ -66,13 +66,17 @@ def record(
     horizon: int,
     *,
     only_successes: bool,
+    slots: int | None = None,
     interruptions: Interruptions | None = None,
     generator: torch.Generator | None = None,
 ) -> Examples:
     """One expert episode per slot: every moment with the ``horizon`` actions that followed it, slot by slot in time order.
 
-    After an episode's end, or where an interruption begins, the last action repeats and the mask is False. Interruptions
-    draw from ``generator`` (required with them).
+    slots: keep the episodes of the first so many only (None: of all).
+    interruptions: draw from ``generator`` (required with them).
+
+    After an episode's end, or where an interruption begins, the last action repeats and the mask is False. An episode that
+    the simulator lost is left out.
     """
     if not isinstance(environment, ExpertEnvironment):
         raise MMRLError(f"{type(environment).__name__} has no scripted expert; take demonstrations from a data set instead")
@@ -93,6 +97,9 @@ def record(
         if len(seen) == environment.max_steps or bool(step.done_B.all()):
             break
     valid_BL = torch.stack(valid, 1)
+    valid_BL &= ~step.lost_B[:, None]
+    if slots is not None:
+        valid_BL[slots:] = False
     if only_successes:
         valid_BL &= (step.metrics["success"] > 0.5)[:, None]
     slots_N, times_N = valid_BL.nonzero(as_tuple=True)
@@ -111,6 +118,15 @@ def _ends(valid_BL: Tensor) -> Tensor:
     length = valid_BL.shape[1]
     place_BL = torch.arange(length, device=valid_BL.device).masked_fill(valid_BL, length)
     return place_BL.flip(1).cummin(1).values.flip(1)
+
+
+def _record_all(environment: Environment, task_ids_M: Tensor, horizon: int, **options: Any) -> Examples:
+    """``record`` each of M tasks once, a round of all slots at a time; the last round is filled up and the filling left out."""
+    parts = []
+    for tasks in task_ids_M.split(environment.num_envs):
+        filled_B = torch.cat([tasks, tasks[-1:].expand(environment.num_envs - len(tasks))])
+        parts.append(record(environment, filled_B, horizon, slots=len(tasks), **options))
+    return concat(parts)
 
 
 def concat(parts: list[Examples]) -> Examples:
@@ -137,6 +153,8 @@ class ScriptedDemonstrations:
         """Demonstrations to record."""
         first_task: int = 500_000
         """Task id of the first one."""
+        num_envs: int | None = Field(default=None, gt=0)
+        """Environments that record at once; null: one for each demonstration."""
         only_successes: bool = True
         """Leave failed demonstrations out."""
         environment: dict[str, Any] = field(default_factory=dict)
@@ -145,12 +163,13 @@ class ScriptedDemonstrations:
         """Random bursts that the expert recovers from; null: it is left alone."""
 
     def __init__(self, config: Config, *, context: DataContext) -> None:
-        environment = context.make_environment(config.episodes, config.environment)
+        slots = min(config.num_envs or config.episodes, config.episodes)
+        environment = context.make_environment(slots, config.environment)
         # Another seed of the run means other demonstrations.
         first = config.first_task + context.seed * config.episodes
         tasks = torch.arange(first, first + config.episodes, device=context.device)
         self._generator = torch.Generator().manual_seed(context.seed)
-        self._examples = record(
+        self._examples = _record_all(
             environment,
             tasks,
             context.horizon,

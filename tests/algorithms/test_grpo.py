@@ -56,7 +56,7 @@ def test_an_episode_is_worth_its_distance_from_the_group_s_mean_in_every_decisio
         column = result.advantages_TB[:, slot]
         assert column[:length].tolist() == pytest.approx([expected] * length)
         assert result.keep_TB[:, slot].tolist() == [t < length for t in range(3)]
-    assert result.metrics == {"groups_without_spread": 0.0, "groups_out_of_range": 0.0}
+    assert result.metrics == {"groups_incomplete": 0.0, "groups_without_spread": 0.0, "groups_out_of_range": 0.0}
 
 
 @pytest.mark.parametrize(("scale", "baseline"), [("batch_std", "mean"), ("none", "mean"), ("none", "leave_one_out")])
@@ -83,7 +83,7 @@ def test_groups_whose_success_rate_is_out_of_range_are_left_out_and_counted_apar
     success = [0.0, 0.0, 0.0, 1.0] + [1.0, 1.0, 0.0, 1.0] + [1.0, 0.0, 0.0, 1.0] + [1.0] * 4
     result = grpo(success_range=(0.3, 0.7)).advantages(rollout(returns, [1] * 16, success))
     assert result.keep_TB[0].tolist() == [False] * 8 + [True] * 4 + [False] * 4
-    assert result.metrics == {"groups_without_spread": 0.25, "groups_out_of_range": 0.5}
+    assert result.metrics == {"groups_incomplete": 0.0, "groups_without_spread": 0.25, "groups_out_of_range": 0.5}
     bounds = grpo(success_range=(0.25, 0.75)).advantages(rollout(returns, [1] * 16, success))  # both belong to the range
     assert bounds.keep_TB[0].tolist() == [True] * 12 + [False] * 4
 

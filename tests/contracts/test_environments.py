@@ -12,7 +12,9 @@ from torch import Tensor
 from mmrl.protocols import Environment, ExpertEnvironment
 from mmrl.registry import resolve
 from mmrl.types import Observation, Step
+from mmrl.workers.environment import WorkerEnvironment
 from simulators.tabletop import Tabletop
+from tests.core.counting import Config as CountingConfig
 
 CPU = torch.device("cpu")
 _SHORT = {"reach": 12, "push": 7, "pick_place": 9, "sort": 11}
@@ -32,6 +34,10 @@ def _gymnasium(name: str, **fields: Any) -> Callable[[int], Any]:
     return build
 
 
+def _workers(num_envs: int) -> WorkerEnvironment:
+    return WorkerEnvironment("tests.core.counting:Counting", CountingConfig(), num_envs=num_envs, device=CPU, workers=2)
+
+
 # name -> a small, short environment of so many slots
 ENVIRONMENTS: dict[str, Callable[[int], Any]] = {
     "tabletop": lambda num_envs: _tabletop(num_envs),
@@ -41,6 +47,7 @@ ENVIRONMENTS: dict[str, Callable[[int], Any]] = {
     "gymnasium: CartPole": _gymnasium("CartPole-v1", max_steps=14),
     "gymnasium: Pendulum": _gymnasium("Pendulum-v1", max_steps=10),
     "gymnasium: several choices and images": _gymnasium("tests.simulators.pixels:Pixels-v0"),
+    "single environments in workers": _workers,
 }
 # name -> the package that must be installed
 NEEDS = {name: "gymnasium" for name in ENVIRONMENTS if name.startswith("gymnasium")}

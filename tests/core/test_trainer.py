@@ -102,6 +102,7 @@ ALWAYS = [
     "rollout/episodes",
     "rollout/decisions",
     "rollout/env_steps",
+    "rollout/lost_episodes",
     "rollout/trained_decisions",
 ]
 ALSO = {

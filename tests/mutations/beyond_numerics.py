@@ -328,7 +328,7 @@ CORE: tuple[Row, ...] = (
     (
         "grpo: groups without spread are trained",
         "mmrl/algorithms/grpo.py",
-        "(spread_P & in_range_P).repeat_interleave(self.group_size)",
+        "(complete_P & spread_P & in_range_P).repeat_interleave(self.group_size)",
         "in_range_P.repeat_interleave(self.group_size)",
         "tests/algorithms/test_grpo.py::test_groups_without_spread_are_left_out_and_counted",
     ),

@@ -163,6 +163,7 @@ OTHERS = (
 )  # fmt: skip
 
 _BEYOND = runpy.run_path(str(Path(__file__).with_name("beyond_numerics.py")))
+_ROBOTS = runpy.run_path(str(Path(__file__).with_name("robots.py")))
 PI0 = tuple(Mutation(f"pi0: {name}", *rest, tests=tuple(tests.split())) for name, *rest, tests in _BEYOND["PI0"])
 CORE = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _BEYOND["CORE"])
 _GYMNASIUM = runpy.run_path(str(Path(__file__).with_name("gymnasium_rows.py")))["GYMNASIUM"]
@@ -171,4 +172,5 @@ GYMNASIUM = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests i
 _DATA = runpy.run_path(str(Path(__file__).with_name("data_sets.py")))["DATA"]
 DATA = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _DATA)
 
-MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM, *DATA)
+ROBOTS = tuple(Mutation(name, *rest, tests=tuple(tests.split())) for name, *rest, tests in _ROBOTS["ROBOTS"])
+MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM, *DATA, *ROBOTS)
