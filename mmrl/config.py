@@ -87,23 +87,33 @@ class StageConfig(Block):
     """Samples per forward and backward pass; null takes the whole mini-batch at once."""
 
 
-class EvaluationConfig(Block):
-    """How the policy is measured, before and after each stage and perhaps within it."""
+class MeasuringConfig(Block):
+    """On which episodes a policy is measured."""
 
     episodes: PositiveInt = 512
-    """Episodes before and after each stage."""
+    """Episodes to play, each of another task id."""
+    per_task: bool = False
+    """Whether ``episodes`` are those of each task (family) instead of all together."""
+    first_task: NonNegativeInt = 1_000_000
+    """Id of the first evaluation task; training draws its ids below it."""
     num_envs: PositiveInt = 256
-    """Environments that run in lock-step."""
-    every: NonNegativeInt = 0
-    """Iterations between evaluations within a stage; 0 evaluates before and after each stage only."""
-    episodes_during: PositiveInt | None = None
-    """Episodes of an evaluation within a stage; null takes ``episodes``."""
+    """Environments that run in lock-step; the results do not depend on it."""
+    act_batch: PositiveInt = 32
+    """Observations that the policy is asked about at once, the missing ones filled up: the results depend on it as far as
+    rounding does, and fewer are cheaper where few environments run."""
     videos: NonNegativeInt = 8
     """Episodes recorded for the report."""
     environment: dict[str, Any] = Field(default_factory=dict)
     """Fields of the environment that differ when evaluating, such as ``split: held_out``."""
-    first_task: NonNegativeInt = 1_000_000
-    """Id of the first evaluation task; training draws its ids below it."""
+
+
+class EvaluationConfig(MeasuringConfig):
+    """How the policy of a run is measured, before and after each stage and perhaps within it."""
+
+    every: NonNegativeInt = 0
+    """Iterations between evaluations within a stage; 0 evaluates before and after each stage only."""
+    episodes_during: PositiveInt | None = None
+    """``episodes`` of an evaluation within a stage; null takes the same."""
 
 
 class CheckpointConfig(Block):

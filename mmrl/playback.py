@@ -15,8 +15,9 @@ from mmrl import checkpoint, metrics
 from mmrl.building import build_environment, build_policy, choose_device, exclusive, load_weights
 from mmrl.config import RunConfig, StageConfig, load
 from mmrl.errors import CheckpointError, TrainingError
-from mmrl.evaluation import EvaluationResult, evaluate
+from mmrl.evaluation import EvaluationResult, evaluate, slots_of
 from mmrl.optim import Optimization
+from mmrl.playing import Reel
 from mmrl.progress import Progress
 from mmrl.seeding import configure_torch
 
@@ -66,13 +67,13 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], episodes: int | None, 
     configure_torch(config.threads, deterministic=False)
     device = choose_device(config.device)
     policy, stage, iteration = load_policy(run_dir, config, device)
-    count = episodes or config.evaluation.episodes
+    settings = config.evaluation if episodes is None else config.evaluation.model_copy(update={"episodes": episodes})
     environment = build_environment(
         config,
-        min(config.evaluation.num_envs, count),
+        slots_of(settings),
         device,
         (f"stages.{stage.name}.environment", stage.environment),
-        ("evaluation.environment", config.evaluation.environment),
+        ("evaluation.environment", settings.environment),
     )
     with ExitStack() as held:
         held.callback(environment.close)
@@ -80,15 +81,11 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], episodes: int | None, 
         result = evaluate(
             policy,
             environment,
-            episodes=count,
-            first_task=config.evaluation.first_task,
+            settings,
             seed=config.seed,
             device=device,
             progress=progress,
-            videos=config.evaluation.videos if writable else 0,
-            video_folder=run_dir / "trajectories",
-            label=LABEL,
-            stage=stage.name,
+            reel=Reel(run_dir / "trajectories", stage.name, LABEL) if writable else None,
         )
         if writable:
             _write_down(run_dir, config, stage.name, iteration, result)

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmrl.config import MeasuringConfig
 from mmrl.errors import MMRLError
 from mmrl.evaluation import EvaluationResult, evaluate
 from mmrl.numerics.draws import Draws
+from mmrl.playing import Reel
 from mmrl.progress import Quiet
 from mmrl.types import ActionSpec, Decision, Observation, Step
 
@@ -104,10 +106,12 @@ def pay(task: int) -> float:
     return sum(task % 7 + step // 2 * 2 + 0.5 * (step % 2) for step in range(length_of(task)))
 
 
-def play(environment: Any, episodes: int, *, noise: float = 0.0, **options: Any) -> EvaluationResult:
+def play(
+    environment: Any, episodes: int, *, noise: float = 0.0, reel: Reel | None = None, **options: Any
+) -> EvaluationResult:
     policy: Any = Deterministic(noise)
-    cpu = torch.device("cpu")
-    return evaluate(policy, environment, episodes=episodes, first_task=FIRST, seed=4, device=cpu, progress=Quiet(), **options)
+    settings = MeasuringConfig(episodes=episodes, first_task=FIRST, **options)
+    return evaluate(policy, environment, settings, seed=4, device=torch.device("cpu"), progress=Quiet(), reel=reel)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -160,7 +164,7 @@ def test_the_same_policy_gets_the_same_numbers_filmed_or_not(tmp_path: Path) -> 
     plain = play(environment, 10, noise=0.3)
     chunks = environment.calls
     assert numbers(play(environment, 10, noise=0.3)) == numbers(plain)
-    assert numbers(play(Filmed(4), 10, noise=0.3, videos=3, video_folder=tmp_path)) == numbers(plain)
+    assert numbers(play(Filmed(4), 10, noise=0.3, videos=3, reel=Reel(tmp_path, "s", "l"))) == numbers(plain)
     assert environment.calls == 2 * chunks and chunks <= 3 * 3  # chunks are executed whole where nobody watches
 
 
@@ -171,9 +175,9 @@ def test_films_show_the_first_round_one_frame_an_action(tmp_path: Path, monkeypa
         films[path.name] = frames_THWC[:, 0, 0, 0].clone(), success
         path.write_bytes(b"film")
 
-    monkeypatch.setattr("mmrl.evaluation.write_animation", keep)
+    monkeypatch.setattr("mmrl.playing.write_animation", keep)
     folder = tmp_path / "films"
-    play(Filmed(7), 14, videos=5, video_folder=folder, label="after", stage="improve")
+    play(Filmed(7), 14, videos=5, reel=Reel(folder, "improve", "after"))
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     # Tasks 100 to 106 are hard, never, easy, hard, never, easy, hard: five films, from the families in turn.
     assert [(record["task_id"], record["family"]) for record in records] == [
@@ -185,7 +189,7 @@ def test_films_show_the_first_round_one_frame_an_action(tmp_path: Path, monkeypa
     ]
     for record in records:
         task, slot = record["task_id"], record["task_id"] - FIRST
-        assert record["video"] == f"improve-after-{slot:04d}.webp"
+        assert record["video"] == f"improve-after-{task}.webp"
         assert record["instruction"] == f"do {task}" and record["steps"] == length_of(task)
         assert record["success"] is solved(task) and record["return"] == pytest.approx(pay(task))
         assert (record["label"], record["stage"]) == ("after", "improve")
@@ -195,12 +199,12 @@ def test_films_show_the_first_round_one_frame_an_action(tmp_path: Path, monkeypa
 
 
 def test_an_environment_that_cannot_be_filmed_is_played_all_the_same(tmp_path: Path) -> None:
-    assert numbers(play(Judged(4), 6, videos=2, video_folder=tmp_path)) == numbers(play(Judged(4), 6))
+    assert numbers(play(Judged(4), 6, videos=2, reel=Reel(tmp_path, "s", "l"))) == numbers(play(Judged(4), 6))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_film_that_cannot_be_written_ends_in_a_sentence(tmp_path: Path) -> None:
-    blocked = tmp_path / "improve-after-0000.webp"
+    blocked = tmp_path / "improve-after-100.webp"
     blocked.mkdir()
-    with pytest.raises(MMRLError, match=r"improve-after-0000\.webp"):
-        play(Filmed(2), 2, videos=1, video_folder=tmp_path, label="after", stage="improve")
+    with pytest.raises(MMRLError, match=r"improve-after-100\.webp"):
+        play(Filmed(2), 2, videos=1, reel=Reel(tmp_path, "improve", "after"))
