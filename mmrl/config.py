@@ -20,7 +20,7 @@ from mmrl.component import Component, Problems, jsonable, merge, validate
 from mmrl.errors import ConfigError
 from mmrl.optim import OptimizerConfig
 
-__all__ = ["Block", "Component", "OptimizerConfig", "RunConfig", "device_name", "dump", "load", "load_as"]
+__all__ = ["Block", "Component", "OptimizerConfig", "RunConfig", "device_name", "dump", "load", "load_as", "resolved"]
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -167,7 +167,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_as(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
     """``load`` for another kind of configuration, without the checks that are a run's own."""
-    data = _resolved(Path(path), overrides)
+    data = resolved(Path(path), overrides)
     try:
         return validate(kind, data)
     except Problems as error:
@@ -187,7 +187,7 @@ def plain(config: RunConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------- reading
 
 
-def _resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The file over its base, under the overrides, interpolations replaced, as plain data."""
     data = _read(path, ())
     try:

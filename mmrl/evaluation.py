@@ -110,8 +110,8 @@ def evaluate(
     started = time.perf_counter()
     tasks = choose_tasks(environment, settings)
     player = Player(policy, environment, seed=seed, act_batch=settings.act_batch, device=device)
-    with progress.task(f"evaluating {reel.label if reel else ''}".strip(), len(tasks)) as advance:
-        filmed = _in_turn(_by_family(environment, tasks), settings.videos) if reel else ()
+    with progress.task("evaluating", len(tasks)) as advance:
+        filmed = in_turn(_by_family(environment, tasks), settings.videos) if reel else ()
         played = player.play(tasks, advance, reel, filmed)
     return result_of(played, time.perf_counter() - started)
 
@@ -119,9 +119,7 @@ def evaluate(
 def result_of(played: Sequence[Played], seconds: float) -> EvaluationResult:
     """The numbers of an evaluation. Raises TrainingError where no episode counts."""
     if all(episode.outcome == "lost" for episode in played):
-        raise TrainingError(
-            f"the simulator lost each of {len(played)} evaluation episodes {ATTEMPTS} times; see `mmrl doctor`"
-        )
+        raise TrainingError(f"the simulator lost each of {len(played)} evaluation episodes {ATTEMPTS} times; see `mmrl doctor`")
     by_family: dict[str, list[Played]] = defaultdict(list)
     for episode in played:
         by_family[episode.family].append(episode)
@@ -158,14 +156,14 @@ def slots_of(settings: MeasuringConfig) -> int:
     return settings.num_envs if settings.per_task else min(settings.num_envs, settings.episodes)
 
 
+def in_turn(groups: Mapping[str, Sequence[int]], most: int) -> list[int]:
+    """At most ``most`` tasks: the first of each group, then the second of each, and so on."""
+    ranked = sorted((rank, name, task) for name, tasks in groups.items() for rank, task in enumerate(tasks))
+    return [task for _, _, task in ranked[:most]]
+
+
 def _by_family(environment: Environment, tasks: Collection[int]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = defaultdict(list)
     for task, family in zip(tasks, environment.family_of(torch.tensor(list(tasks))), strict=True):
         found[family].append(task)
     return dict(sorted(found.items()))
-
-
-def _in_turn(groups: Mapping[str, Sequence[int]], most: int) -> list[int]:
-    """At most ``most`` tasks: the first of each group, then the second of each, and so on."""
-    ranked = sorted((rank, name, task) for name, tasks in groups.items() for rank, task in enumerate(tasks))
-    return [task for _, _, task in ranked[:most]]

@@ -9,9 +9,8 @@ seats changes nothing, as every kernel computes its rows one by one.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -63,11 +62,16 @@ class Played:
 
 
 class Reel(NamedTuple):
-    """Where videos go, and what their file names and records say."""
+    """Where videos go: to ``folder``/``stem``-TASK.webp, each beside a json file that says ``about`` and how it ended."""
 
     folder: Path
-    stage: str
-    label: str
+    stem: str
+    about: Mapping[str, str]
+
+
+def stage_reel(folder: Path, stage: str, label: str) -> Reel:
+    """Of an evaluation within a run."""
+    return Reel(folder, f"{stage}-{label}", {"label": label, "stage": stage})
 
 
 class Player:
@@ -133,9 +137,7 @@ class Player:
                 film.shoot(environment)
             observation = step.observation
         families = environment.family_of(tasks_B)
-        episodes = [
-            Played(task, families[slot], instructions[slot], *score.of(slot)) for slot, task in enumerate(tasks)
-        ]
+        episodes = [Played(task, families[slot], instructions[slot], *score.of(slot)) for slot, task in enumerate(tasks)]
         if reel is not None and film.frames:
             film.save(episodes, reel)
         return episodes
@@ -204,8 +206,8 @@ class _Film:
             episode = episodes[slot]
             if episode.outcome == "lost":
                 continue
-            name = f"{reel.stage}-{reel.label}-{episode.task_id}"
+            name = f"{reel.stem}-{episode.task_id}"
             frames_T = frames_TM[: episode.steps + 1, m]
             write_animation(reel.folder / f"{name}.webp", frames_T, fps=VIDEO_FPS, success=episode.outcome == "success")
-            about = {"label": reel.label, "stage": reel.stage, **episode.row(), "video": f"{name}.webp"}
+            about = {**reel.about, **episode.row(), "video": f"{name}.webp"}
             atomic_write_text(reel.folder / f"{name}.json", json.dumps(about, indent=1) + "\n")

@@ -23,7 +23,7 @@ from mmrl.errors import CheckpointError, ConfigError, MMRLError, TrainingError
 from mmrl.evaluation import evaluate, slots_of
 from mmrl.learners import Setting, make_learner
 from mmrl.metrics import MetricsWriter
-from mmrl.playing import Reel
+from mmrl.playing import stage_reel
 from mmrl.progress import Progress
 from mmrl.protocols import DataContext, Environment, ExampleSource
 from mmrl.report.system import describe_system
@@ -247,7 +247,7 @@ class Stage:
             slots = slots_of(evaluation)
             changes = (self._environment_changes(), ("evaluation.environment", evaluation.environment))
             self.evaluation_environment = build_environment(run.config, slots, run.device, *changes)
-        settings, reel = evaluation, Reel(run.dir / "trajectories", self.config.name, label)
+        settings, reel = evaluation, stage_reel(run.dir / "trajectories", self.config.name, label)
         if label == "during":
             settings, reel = evaluation.model_copy(update={"episodes": evaluation.episodes_during or evaluation.episodes}), None
         with self.learner.optimization.ema_scope():

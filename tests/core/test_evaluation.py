@@ -16,7 +16,7 @@ from mmrl.config import MeasuringConfig
 from mmrl.errors import MMRLError
 from mmrl.evaluation import EvaluationResult, evaluate
 from mmrl.numerics.draws import Draws
-from mmrl.playing import Reel
+from mmrl.playing import Reel, stage_reel
 from mmrl.progress import Quiet
 from mmrl.types import ActionSpec, Decision, Observation, Step
 
@@ -106,9 +106,7 @@ def pay(task: int) -> float:
     return sum(task % 7 + step // 2 * 2 + 0.5 * (step % 2) for step in range(length_of(task)))
 
 
-def play(
-    environment: Any, episodes: int, *, noise: float = 0.0, reel: Reel | None = None, **options: Any
-) -> EvaluationResult:
+def play(environment: Any, episodes: int, *, noise: float = 0.0, reel: Reel | None = None, **options: Any) -> EvaluationResult:
     policy: Any = Deterministic(noise)
     settings = MeasuringConfig(episodes=episodes, first_task=FIRST, **options)
     return evaluate(policy, environment, settings, seed=4, device=torch.device("cpu"), progress=Quiet(), reel=reel)
@@ -164,7 +162,7 @@ def test_the_same_policy_gets_the_same_numbers_filmed_or_not(tmp_path: Path) -> 
     plain = play(environment, 10, noise=0.3)
     chunks = environment.calls
     assert numbers(play(environment, 10, noise=0.3)) == numbers(plain)
-    assert numbers(play(Filmed(4), 10, noise=0.3, videos=3, reel=Reel(tmp_path, "s", "l"))) == numbers(plain)
+    assert numbers(play(Filmed(4), 10, noise=0.3, videos=3, reel=Reel(tmp_path, "film", {}))) == numbers(plain)
     assert environment.calls == 2 * chunks and chunks <= 3 * 3  # chunks are executed whole where nobody watches
 
 
@@ -177,7 +175,7 @@ def test_films_show_the_first_round_one_frame_an_action(tmp_path: Path, monkeypa
 
     monkeypatch.setattr("mmrl.playing.write_animation", keep)
     folder = tmp_path / "films"
-    play(Filmed(7), 14, videos=5, reel=Reel(folder, "improve", "after"))
+    play(Filmed(7), 14, videos=5, reel=stage_reel(folder, "improve", "after"))
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     # Tasks 100 to 106 are hard, never, easy, hard, never, easy, hard: five films, from the families in turn.
     assert [(record["task_id"], record["family"]) for record in records] == [
@@ -199,7 +197,7 @@ def test_films_show_the_first_round_one_frame_an_action(tmp_path: Path, monkeypa
 
 
 def test_an_environment_that_cannot_be_filmed_is_played_all_the_same(tmp_path: Path) -> None:
-    assert numbers(play(Judged(4), 6, videos=2, reel=Reel(tmp_path, "s", "l"))) == numbers(play(Judged(4), 6))
+    assert numbers(play(Judged(4), 6, videos=2, reel=Reel(tmp_path, "film", {}))) == numbers(play(Judged(4), 6))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,4 +205,4 @@ def test_a_film_that_cannot_be_written_ends_in_a_sentence(tmp_path: Path) -> Non
     blocked = tmp_path / "improve-after-100.webp"
     blocked.mkdir()
     with pytest.raises(MMRLError, match=r"improve-after-100\.webp"):
-        play(Filmed(2), 2, videos=1, reel=Reel(tmp_path, "improve", "after"))
+        play(Filmed(2), 2, videos=1, reel=stage_reel(tmp_path, "improve", "after"))

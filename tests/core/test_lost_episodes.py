@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mmrl.algorithms.grpo import GRPO
-from mmrl.data.demonstrations import record
 from mmrl.config import MeasuringConfig
+from mmrl.data.demonstrations import record
 from mmrl.errors import TrainingError
 from mmrl.evaluation import EvaluationResult, evaluate
 from mmrl.numerics.advantages import gae
