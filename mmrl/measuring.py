@@ -132,6 +132,8 @@ def _open(checkpoint: str, config: MeasurementConfig, device: torch.device, prog
         if loaded.warning:
             progress.note(loaded.warning)
         return loaded.policy, {"path": checkpoint, "stage": loaded.stage.name, "iteration": loaded.iteration}
+    if _is_path(run_dir) and not run_dir.exists():
+        raise ConfigError(f"{checkpoint}: is not there; give a run's folder, a policy's folder or a hub id")
     known = field_types(type(config.policy.config))
     if _CHECKPOINT not in known:
         raise ConfigError(
@@ -140,6 +142,11 @@ def _open(checkpoint: str, config: MeasurementConfig, device: torch.device, prog
         )
     changes = {_CHECKPOINT: checkpoint, **{name: value for name, value in _OPENED.items() if name in known}}
     return config.policy.override(changes, where="policy").build(device=device), {"path": checkpoint}
+
+
+def _is_path(checkpoint: Path) -> bool:
+    """Whether it cannot mean a hub id (``owner/name``), or is meant to lie in a folder that is there."""
+    return checkpoint.is_absolute() or len(checkpoint.parts) != 2 or checkpoint.parent.is_dir()
 
 
 def _count(player: Player, settings: MeasuringConfig, progress: Progress) -> EvaluationResult:
