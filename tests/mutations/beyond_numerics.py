@@ -227,8 +227,8 @@ PI0: tuple[Row, ...] = (
     (
         "cameras in env order",
         "policies/pi0.py",
-        'preprocess(inputs[f"image_{camera}"], size, dtype) for camera in self.config.cameras',
-        'preprocess(inputs[f"image_{camera}"], size, dtype) for camera in sorted(self.config.cameras)',
+        'preprocess(inputs[f"image_{camera}"], size, dtype) for camera in self.cameras',
+        'preprocess(inputs[f"image_{camera}"], size, dtype) for camera in sorted(self.cameras)',
         "tests/policies/test_pi0_upstream.py::test_cameras_are_told_apart",
     ),
     (
