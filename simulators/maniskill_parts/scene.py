@@ -48,6 +48,7 @@ class Scene:
             raise MMRLError(f"ManiSkill has no task '{options.task}'; it has {', '.join(sorted(REGISTERED_ENVS))}")
         self.options = options
         self.env: Any = _make(options, num_envs, gpu)
+        self._dense_B = torch.zeros(num_envs, device=self.env.device)  # the last dense reward, for that of progress
         self.reset([0] * num_envs)  # builds the scene
         space: Any = self.env.single_action_space
         self.action_spec = ActionSpec(len(space.low), tuple(space.low.tolist()), tuple(space.high.tolist()))
@@ -63,6 +64,7 @@ class Scene:
         On the CPU the scene is built anew each time: the contacts that PhysX remembers would let an episode depend on the last.
         """
         seeds = [_seed(self.options.seed, task) for task in task_ids]
+        self._dense_B[slice(None) if env_idx is None else env_idx] = 0
         if env_idx is None and len(task_ids) == 1:
             self.env.reset(seed=seeds, options={"reconfigure": True})
         else:
@@ -86,8 +88,15 @@ class Scene:
         none_B = torch.zeros_like(reward_B, dtype=torch.bool)
         success_B, failed_B = (info.get(name, none_B).bool() for name in ("success", "fail"))
         metrics = {name: info.get(name, none_B).float() for name in self.metric_names}
-        reward_B = success_B.float() if self.options.reward == "sparse" else reward_B.float()
-        return Result(reward_B, success_B, failed_B & ~success_B, metrics)
+        return Result(self._reward(reward_B.float(), success_B), success_B, failed_B & ~success_B, metrics)
+
+    def _reward(self, dense_B: Tensor, success_B: Tensor) -> Tensor:
+        if self.options.reward == "sparse":
+            return success_B.float()
+        if self.options.reward == "dense":
+            return dense_B
+        progress_B, self._dense_B = dense_B - self._dense_B, dense_B
+        return progress_B
 
     def images(self) -> dict[str, Tensor]:
         """Camera name -> uint8 [B, height, width, 3]."""
