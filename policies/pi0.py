@@ -79,7 +79,7 @@ class Pi0(nn.Module):
         dtype = _DTYPES[config.dtype]
         self.model = load_model(config.checkpoint, config.weights, dtype, config.attention, config.seed)
         self.statistics = load_statistics(config.checkpoint)
-        tokenizer = load_tokenizer(config.checkpoint)
+        tokenizer = load_tokenizer(config)
         self._hf_tokenizer, self._tokenizer = tokenizer, Tokenizer(tokenizer, config.max_text_tokens)
         self._arch: Any = (arch := self.model.config)
         self.horizon, self._padded_dim = arch.chunk_size, arch.max_action_dim

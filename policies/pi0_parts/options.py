@@ -41,7 +41,9 @@ class Options:
     """Fields of a ``policies.pi0:Pi0`` block."""
 
     checkpoint: str
-    """Folder or hub id in the format of lerobot/pi0_base as transformers reads it, with a tokenizer."""
+    """Folder or hub id in the format of lerobot/pi0_base as transformers reads it."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; null: the checkpoint's (lerobot/pi0_base has none; google/paligemma-3b-pt-224 fits)."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """``random`` takes only architecture and tokenizer from the checkpoint."""
     sampler: Literal["ode", "flow_sde", "flow_noise", "cps"] = "flow_sde"

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PI0ForConditionalGeneration,
 from transformers.utils.hub import cached_file
 
 from mmrl.errors import MMRLError
-from policies.pi0_parts.options import LoraOptions
+from policies.pi0_parts.options import LoraOptions, Options
 
 STATISTICS_FILE = "statistics.json"
 # Where transformers' PI0Processor keeps its statistics, and what they are called there.
@@ -74,12 +74,15 @@ def load_statistics(checkpoint: str) -> Statistics | None:
     return None
 
 
-def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
+    """Raises MMRLError where there is none."""
+    key, place = ("checkpoint", options.checkpoint) if options.tokenizer is None else ("tokenizer", options.tokenizer)
     try:
-        return AutoTokenizer.from_pretrained(checkpoint)
+        return AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
+        remedy = "" if options.tokenizer else "; name one with policy.tokenizer"
         raise MMRLError(
-            f"policy.checkpoint = {checkpoint}: no tokenizer could be loaded from there ({_first_line(error)})"
+            f"policy.{key} = {place}: no tokenizer could be loaded from there ({_first_line(error)}){remedy}"
         ) from error
 
 
