@@ -181,19 +181,19 @@ def test_everything_passes_through_the_adapter(wide: str, tmp_path: Path) -> Non
     assert policy.statistics == plain.statistics and policy.statistics is not None
     losses = [of.supervised_loss(data, tiny.generator(3)).value for of, data in ((policy, raw), (plain, translated))]
     torch.testing.assert_close(losses[0], losses[1])
-    ours = policy.act(raw.observation, tiny.generator(4), explore=True)
-    theirs = plain.act(seen, tiny.generator(4), explore=True)
+    ours = policy.act(raw.observation, tiny.draws(4, rows=6), explore=True)
+    theirs = plain.act(seen, tiny.draws(4, rows=6), explore=True)
     torch.testing.assert_close(ours.action_BCA, adapter.to_simulator(theirs.action_BCA, states))
     torch.testing.assert_close(ours.log_probs_BK, theirs.log_probs_BK)
     torch.testing.assert_close(policy.evaluate(ours.trace).log_probs_NK, ours.log_probs_BK)
-    values = [of.value(data, tiny.generator()) for of, data in ((policy, raw.observation), (plain, seen))]
+    values = [of.value(data, tiny.draws(rows=6)) for of, data in ((policy, raw.observation), (plain, seen))]
     torch.testing.assert_close(values[0], values[1])
 
 
 @pytest.mark.parametrize("target", [LIBERO, MANISKILL])
 def test_a_dry_run_observation_fits_the_adapter(wide: str, target: str) -> None:
     policy = adapted(wide, target)
-    action = policy.act(policy.example_observation(3), tiny.generator(), explore=False).action_BCA
+    action = policy.act(policy.example_observation(3), tiny.draws(rows=3), explore=False).action_BCA
     assert action.shape == (3, tiny.EXECUTE, 7) and bool(action.isfinite().all())
 
 
