@@ -150,7 +150,7 @@ def _make(options: Options, num_envs: int, gpu: bool) -> Any:
             human_render_camera_configs={"width": 256, "height": 256},
             **extra,
         ).unwrapped
-    except (AssertionError, KeyError) as error:  # what ManiSkill makes of a name that it does not know
+    except (AssertionError, KeyError, NotImplementedError) as error:  # what ManiSkill makes of what it does not know
         about = f"control_mode '{options.control_mode}', robot {options.robot or 'of its own'}, reward '{options.reward}'"
         raise MMRLError(f"ManiSkill's {options.task} does not work with {about} ({error})") from error
     except RuntimeError as error:
