@@ -97,8 +97,8 @@ class Physics:
 def _grasp(state: State, above_KB: Tensor, square_KB: Tensor, closed_B: Tensor) -> Tensor:
     """The held slot after the fingers moved: an opening gripper loses it, a closing one takes the nearest block."""
     reachable_KB = (square_KB < GRASP_RADIUS**2) & (above_KB.abs() < GRASP_HEIGHT)
-    # Not min(0), which also names the place: it wakes all of torch's threads, however little there is to do.
-    nearest_B = torch.where(reachable_KB, square_KB, 9.0).argmin(0)
+    # min would do, but on the CPU it wakes all of torch's threads for however little; argmin is slow along a first axis.
+    nearest_B = torch.where(reachable_KB, square_KB, 9.0).t().contiguous().argmin(1)
     takes_B = (state.open_B > 0.5) & reachable_KB.any(0)
     return torch.where(closed_B, torch.where(takes_B, nearest_B, state.held_B), -1)
 
