@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmrl.numerics.advantages import gae
+from mmrl.numerics.draws import Draws
 from mmrl.rollout import Collector, episode_metrics
 from mmrl.types import ActionSpec, Decision, Observation, Step
 
@@ -39,13 +40,14 @@ class Moment:
 class ScriptedEnvironment:
     """Task i plays ``scripts[i % len(scripts)]``: the rewards of its actions, and whether its end is a truncation.
 
-    An action adds its value to the reward. It keeps a transcript, one list of moments a call of ``step``.
+    An action adds its value to the reward, and so does its slot's ``bias``. It keeps a transcript, a list of moments a ``step``.
     """
 
     scripts: list[tuple[list[float], bool]]
     num_envs: int
     max_steps: int = 100
     action_spec: ActionSpec = field(default_factory=lambda: ActionSpec(1, (-1.0,), (1.0,)))
+    bias: list[float] | None = None
     resets: list[tuple[list[int], list[bool]]] = field(default_factory=list)
     transcript: list[list[Moment]] = field(default_factory=list)
 
@@ -74,6 +76,7 @@ class ScriptedEnvironment:
             for action in range(CHUNK):
                 if self.clock[slot] < len(rewards):
                     rewards_BC[slot, action] = rewards[self.clock[slot]] + float(actions_BCA[slot, action, 0])
+                    rewards_BC[slot, action] += self.bias[slot] if self.bias else 0.0
                     valid_BC[slot, action] = True
                     total += float(rewards_BC[slot, action])
                     self.clock[slot] += 1
@@ -93,19 +96,14 @@ class ScriptedEnvironment:
 
 
 class ScriptedPolicy:
-    """Acts with ``bias`` per slot and always knows ``value_of``."""
+    """Does nothing and always knows ``value_of``."""
 
-    version = 3
+    version, asked = 3, 0
 
-    def __init__(self, bias: list[float] | None = None) -> None:
-        self.bias, self.asked = bias, 0
-
-    def act(self, observation: Observation, generator: torch.Generator, *, explore: bool) -> Decision:
+    def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
         assert explore and not torch.is_grad_enabled()
         b = observation.batch_size
         action = torch.zeros(b, CHUNK, 1, dtype=torch.float64)
-        if self.bias is not None:
-            action += torch.tensor(self.bias, dtype=torch.float64)[:, None, None]
         assert observation.state is not None
         state_BS = observation.state
         return Decision(action, {"state": state_BS}, -state_BS, state_BS > 0, self._values(state_BS), self.version)
@@ -113,7 +111,7 @@ class ScriptedPolicy:
     def _values(self, state_BS: Tensor) -> Tensor:
         return torch.tensor([value_of(*row) for row in state_BS.tolist()], dtype=torch.float64)
 
-    def value(self, observation: Observation, generator: torch.Generator) -> Tensor:
+    def value(self, observation: Observation, draws: Draws) -> Tensor:
         self.asked += observation.batch_size
         assert observation.state is not None
         return self._values(observation.state)
@@ -129,8 +127,8 @@ def untyped(policy: ScriptedPolicy) -> Any:
 
 
 def collect(environment: ScriptedEnvironment, policy: Any, *, value: bool = True, **options: Any) -> tuple[Any, Collector]:
-    collector = Collector(environment, **options)
-    return collector.collect(policy, torch.Generator(), policy.value if value else None), collector
+    collector = Collector([environment], seed=0, device=torch.device("cpu"), **options)
+    return collector.collect(policy, policy.value if value else None), collector
 
 
 def test_auto_reset_worked_by_hand() -> None:
@@ -159,7 +157,7 @@ def test_auto_reset_worked_by_hand() -> None:
     assert rollout.mask_TBK[:, :, 1].tolist() == [[False, False], [True, True], [False, False], [True, True]]
     # The last decision restarts nothing, and the next rollout begins with tasks that nobody has played.
     assert [where for _, where in environment.resets] == [[True, True], [True, True]]
-    again = collector.collect(untyped(policy), torch.Generator(), policy.value)
+    again = collector.collect(untyped(policy), policy.value)
     assert again.task_ids_TB[0].tolist() == [4, 5]
 
 
@@ -171,10 +169,8 @@ def test_without_a_critic_nothing_is_bootstrapped() -> None:
 
 
 def test_whole_episodes_worked_by_hand() -> None:
-    environment = ScriptedEnvironment([SCRIPTS[2], SCRIPTS[0]], 4)
-    rollout, collector = collect(
-        environment, ScriptedPolicy([0.0, 1.0, 0.0, 1.0]), decisions=9, group_size=2, auto_reset=False, value=False
-    )
+    environment = ScriptedEnvironment([SCRIPTS[2], SCRIPTS[0]], 4, bias=[0.0, 1.0, 0.0, 1.0])
+    rollout, collector = collect(environment, ScriptedPolicy(), decisions=9, group_size=2, auto_reset=False, value=False)
     assert rollout.task_ids_TB.tolist() == [[0, 0, 1, 1]] * 3  # stops when all are done, and a group is one task
     assert rollout.valid_TB.tolist() == [[True] * 4, [True] * 4, [True, True, False, False]]
     assert rollout.rewards_TB.tolist() == [[4, 6, 3, 5], [4, 6, 3, 4], [4, 6, 0, 0]]  # no trap
@@ -186,7 +182,7 @@ def test_whole_episodes_worked_by_hand() -> None:
     assert episodes.metrics["clock"].tolist() == [6, 6, 3, 3]
     assert rollout.decisions == 10 and rollout.env_steps == 18
     assert len(environment.resets) == 1
-    again = collector.collect(untyped(ScriptedPolicy()), torch.Generator())
+    again = collector.collect(untyped(ScriptedPolicy()))
     assert again.task_ids_TB[0].tolist() == [2, 2, 3, 3]
 
 
@@ -216,7 +212,70 @@ def test_means_over_episodes() -> None:
 @pytest.mark.parametrize(("group_size", "auto_reset"), [(2, True), (3, False)])
 def test_groups_that_cannot_be_are_refused(group_size: int, auto_reset: bool) -> None:
     with pytest.raises(ValueError, match="group"):
-        Collector(ScriptedEnvironment(SCRIPTS, 4), decisions=2, group_size=group_size, auto_reset=auto_reset)
+        collect(ScriptedEnvironment(SCRIPTS, 4), ScriptedPolicy(), decisions=2, group_size=group_size, auto_reset=auto_reset)
+
+
+class RandomPolicy(ScriptedPolicy):
+    """Its actions, and so the rewards, are random numbers."""
+
+    def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
+        decision = super().act(observation, draws, explore=explore)
+        return replace(decision, action_BCA=draws.normal(CHUNK, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("auto_reset", [True, False])
+def test_a_rollout_does_not_depend_on_how_its_slots_are_shared_out(auto_reset: bool) -> None:
+    """Six slots of one environment, or of three environments: the same decisions of the same tasks, bit for bit."""
+    rollouts = []
+    for sizes in ([6], [2, 2, 2], [4, 2]):
+        environments = [ScriptedEnvironment(SCRIPTS, size) for size in sizes]
+        policy = RandomPolicy()
+        options: Any = {"decisions": 5, "seed": 1, "device": torch.device("cpu"), "auto_reset": auto_reset}
+        rollouts.append(Collector(environments, **options).collect(untyped(policy), policy.value))
+    for other in rollouts[1:]:
+        valid_TB = rollouts[0].valid_TB
+        assert torch.equal(other.valid_TB, valid_TB)
+        for name in ("rewards_TB", "values_TB", "next_values_TB", "terminated_TB", "truncated_TB", "task_ids_TB"):
+            assert torch.equal(getattr(other, name)[valid_TB], getattr(rollouts[0], name)[valid_TB]), name
+        assert torch.equal(other.log_probs_TBK, rollouts[0].log_probs_TBK)
+        assert torch.equal(other.trace["state"], rollouts[0].trace["state"])
+        assert torch.equal(other.episodes.returns_M, rollouts[0].episodes.returns_M)
+        assert torch.equal(other.episodes.task_ids_M, rollouts[0].episodes.task_ids_M)
+        assert other.env_steps == rollouts[0].env_steps
+    if auto_reset:
+        assert len(rollouts[0].episodes.task_ids_M) > 6
+
+
+def test_parts_that_end_early_are_filled_up() -> None:
+    """The first environment's episodes take two decisions, the second's three."""
+    environments = [ScriptedEnvironment([SCRIPTS[0]], 2), ScriptedEnvironment([SCRIPTS[2]], 1)]
+    collector = Collector(environments, decisions=9, seed=0, device=torch.device("cpu"), auto_reset=False)
+    rollout = collector.collect(untyped(ScriptedPolicy()))
+    assert rollout.valid_TB.tolist() == [[True] * 3, [True] * 3, [False, False, True]]
+    assert rollout.rewards_TB.tolist() == [[3, 3, 4], [3, 3, 4], [0, 0, 4]]
+    assert [len(environment.transcript) for environment in environments] == [2, 3]
+
+
+def test_random_numbers_are_those_of_the_episode_and_its_decision() -> None:
+    """Every decision has numbers of its own, also within a group and in the next rollout."""
+    environment, policy = ScriptedEnvironment(SCRIPTS, 4), RandomPolicy()
+    collector = Collector([environment], decisions=2, seed=1, device=torch.device("cpu"), group_size=2, auto_reset=False)
+    rewards = torch.cat([collector.collect(untyped(policy)).rewards_TB for _ in range(2)])
+    assert len(rewards.flatten().unique()) == rewards.numel() == 16
+
+
+def test_nobody_acts_for_slots_that_are_idle() -> None:
+    asked = []
+
+    class Counted(ScriptedPolicy):
+        def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
+            assert len(draws) == observation.batch_size
+            asked.append(observation.batch_size)
+            return super().act(observation, draws, explore=explore)
+
+    rollout, _ = collect(ScriptedEnvironment([SCRIPTS[0], SCRIPTS[2]], 4), Counted(), decisions=9, auto_reset=False)
+    assert asked == rollout.valid_TB.sum(1).tolist() == [4, 4, 2]
+    assert not rollout.mask_TBK[2, [0, 2]].any() and not rollout.trace["state"][2, [0, 2]].any()
 
 
 def naive_advantages(environment: ScriptedEnvironment, gamma: float, lam: float) -> dict[tuple[int, int, int], float]:
@@ -243,8 +302,8 @@ def test_advantages_over_a_rollout_equal_those_of_its_episodes(auto_reset: bool)
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 9, (23,), generator=generator).tolist()
     scripts = [(torch.randn(n, generator=generator).tolist(), n % 2 == 0) for n in lengths]
-    environment = ScriptedEnvironment(scripts, 5)
-    rollout, _ = collect(environment, ScriptedPolicy([0.1, -0.2, 0.3, 0.0, 1.0]), decisions=7, auto_reset=auto_reset)
+    environment = ScriptedEnvironment(scripts, 5, bias=[0.1, -0.2, 0.3, 0.0, 1.0])
+    rollout, _ = collect(environment, ScriptedPolicy(), decisions=7, auto_reset=auto_reset)
     advantages_TB, _ = gae(
         rollout.rewards_TB,
         rollout.values_TB,

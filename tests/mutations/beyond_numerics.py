@@ -31,8 +31,8 @@ PI0: tuple[Row, ...] = (
     (
         "one step for the batch",
         "policies/pi0_parts/sampling.py",
-        "torch.randint(candidates, (batch, 1), generator=generator, device=device)",
-        "torch.randint(candidates, (1, 1), generator=generator, device=device).expand(batch, 1)",
+        "return draws.integers(candidates, 1)",
+        "return draws.integers(candidates, 1)[:1].expand(len(draws), 1)",
         "tests/policies/test_pi0_likelihood.py::test_the_stochastic_step_is_uniform_and_each_sample_s_own",
     ),
     (
@@ -80,8 +80,8 @@ PI0: tuple[Row, ...] = (
     (
         "where inverted: all noisy",
         "policies/pi0.py",
-        "x_next = torch.where(here_B, mean + std * normal(), x_next)",
-        "x_next = mean + std * normal()",
+        "x_next[rows] = mean[rows] + std[rows] * noise_BJHD[rows, columns]",
+        "x_next = mean + std * noise_BJHD[:, 0]",
         "tests/policies/test_pi0_likelihood.py::test_log_probs_are_those_of_a_loop_over_samples_and_steps",
     ),
     (
@@ -300,8 +300,8 @@ CORE: tuple[Row, ...] = (
     (
         "rollout: a cut episode is not bootstrapped",
         "mmrl/rollout.py",
-        "last_values_B = _values_of(value, observation, running_B & ~(columns[-1].step.done_B), generator)",
-        "last_values_B = torch.zeros(env.num_envs, device=device)",
+        "last_values_B = self._values_of(self._observation, self._running_B & ~last.done_B)",
+        "last_values_B = torch.zeros(len(self._running_B))",
         "tests/core/test_rollout.py::test_auto_reset_worked_by_hand",
     ),
     (
@@ -312,17 +312,45 @@ CORE: tuple[Row, ...] = (
         "tests/core/test_rollout.py::test_auto_reset_worked_by_hand",
     ),
     (
-        "rollout: rewards after the end count",
+        "rollout: what a lost episode earned counts",
         "mmrl/rollout.py",
         "rewards_TB=rewards_TB * valid_TB",
         "rewards_TB=rewards_TB",
-        "tests/core/test_rollout.py::test_whole_episodes_worked_by_hand",
+        "tests/core/test_lost_episodes.py",
+    ),
+    (
+        "rollout: all decisions of an episode draw the same numbers",
+        "mmrl/rollout.py",
+        "self._ages_B = self._ages_B + 1",
+        "pass",
+        "tests/core/test_rollout.py::test_random_numbers_are_those_of_the_episode_and_its_decision",
+    ),
+    (
+        "rollout: a group draws the same numbers",
+        "mmrl/rollout.py",
+        "torch.arange(size, device=device) % collector.group_size",
+        "torch.zeros(size, dtype=torch.long, device=device)",
+        "tests/core/test_rollout.py::test_random_numbers_are_those_of_the_episode_and_its_decision",
+    ),
+    (
+        "rollout: numbers belong to the slot",
+        "mmrl/rollout.py",
+        "self._copies_B = torch.arange(size, device=device) % collector.group_size",
+        "self._copies_B = torch.arange(size, device=device)",
+        "tests/core/test_rollout.py::test_a_rollout_does_not_depend_on_how_its_slots_are_shared_out",
+    ),
+    (
+        "rollout: the policy acts for idle slots",
+        "mmrl/rollout.py",
+        "if bool(self._running_B.all()):",
+        "if True:",
+        "tests/core/test_rollout.py::test_nobody_acts_for_slots_that_are_idle",
     ),
     (
         "rollout: every slot of a group plays another task",
         "mmrl/rollout.py",
-        "self._take_tasks(env.num_envs // self.group_size, device).repeat_interleave(self.group_size)",
-        "self._take_tasks(env.num_envs, device)",
+        "collector.take_tasks(size // collector.group_size).repeat_interleave(collector.group_size)",
+        "collector.take_tasks(size)",
         "tests/core/test_rollout.py::test_whole_episodes_worked_by_hand",
     ),
     (
