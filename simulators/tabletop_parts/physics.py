@@ -1,8 +1,9 @@
 """How the table moves: quasi-static, one action at a time, for all environments at once.
 
 A closed gripper below a block's top pushes it along with its own motion, as a flat paddle does; an open one straddles it.
-Closing around a block grasps it, opening drops it onto whatever is below. Only exactly rounded operations are used, so a result
-does not depend on the batch size.
+Closing around a block grasps it, opening drops it onto whatever is below. Only operations that round each number by
+itself are used, so a result does not depend on the batch size. All but the root round exactly; torch's root on a CPU may be one
+unit in the last place off, so other processors may give other last bits.
 """
 
 from __future__ import annotations
