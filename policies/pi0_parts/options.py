@@ -18,8 +18,9 @@ NOISE_LEVEL_SAMPLERS = ("flow_sde", "cps")
 class CriticConfig:
     """The value head."""
 
-    inputs: tuple[Literal["prefix", "state_token", "suffix"], ...] = ("state_token",)
-    """Concatenated features: mean of the prefix, the expert's state token, mean of its action tokens at the trained steps."""
+    inputs: tuple[Literal["prefix", "state_token", "suffix", "time"], ...] = ("state_token",)
+    """Concatenated features: mean of the prefix, the expert's state token, mean of its action tokens at the trained steps, and
+    how many decisions were made. Where a time limit ends episodes for good, what is left to gain depends on the time."""
     hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""
     detach: bool = True
@@ -93,9 +94,7 @@ class Options:
     def _consistent(self) -> Options:
         needs_level = self.sampler in NOISE_LEVEL_SAMPLERS
         if needs_level and not (self.noise_level and self.noise_level > 0):
-            raise ValueError(
-                f"noise_level must be above 0 with sampler '{self.sampler}' (it has no likelihood without noise)"
-            )
+            raise ValueError(f"noise_level must be above 0 with sampler '{self.sampler}' (it has no likelihood without noise)")
         if not needs_level and self.noise_level is not None:
             raise ValueError(f"noise_level is not used by sampler '{self.sampler}'; remove it")
         if self.sampler == "cps" and self.noise_level is not None and self.noise_level > 1:

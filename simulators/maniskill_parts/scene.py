@@ -167,7 +167,9 @@ def _import(module: str) -> None:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        raise MMRLError(f"'environment.registered_by' is {module}, which cannot be imported ({error}); install its package") from error
+        raise MMRLError(
+            f"'environment.registered_by' is {module}, which cannot be imported ({error}); install its package"
+        ) from error
 
 
 def _seed(seed: int, task: int) -> int:

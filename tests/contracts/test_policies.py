@@ -34,6 +34,7 @@ POLICIES: dict[str, Callable[[str], Any]] = {
     "pi0 flow_sde, all steps as units": lambda folder: tiny.build(folder, stochastic_steps="all", granularity="step"),
     "pi0 flow_noise, actions as units": lambda folder: tiny.build(folder, sampler="flow_noise", granularity="action"),
     "pi0 cps, re-encoded": lambda folder: tiny.build(folder, sampler="cps", cache_prefix=False),
+    "pi0, a critic that knows the time": lambda folder: tiny.build(folder, critic={"inputs": ["state_token", "time"]}),
     "pi0 lora": lambda folder: tiny.build(folder, train="lora"),
     "pi0 all, without critic": lambda folder: tiny.build(folder, train="all", critic=None),
     "mlp gaussian": lambda folder: _mlp(action_dim=3, log_std=-0.7),

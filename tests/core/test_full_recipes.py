@@ -33,7 +33,12 @@ BLOCKS = {
     "supervised": ("supervised.batch_size=3", f"supervised.data={EXPERT}"),
 }
 # a field that an algorithm may have -> what is smaller in it
-FIELDS = {"batch_size": "batch_size=4", "epochs": "epochs=1", "minibatches": "minibatches=2", "success_range": "success_range=null"}
+FIELDS = {
+    "batch_size": "batch_size=4",
+    "epochs": "epochs=1",
+    "minibatches": "minibatches=2",
+    "success_range": "success_range=null",
+}
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,13 @@ PI0: tuple[Row, ...] = (
         "tests/policies/test_pi0_likelihood.py::test_log_probs_are_those_of_a_loop_over_samples_and_steps",
     ),
     (
+        "the time is lost where prefixes are kept",
+        "policies/pi0.py",
+        'if k in ("state", "elapsed") or not encoded',
+        'if k == "state" or not encoded',
+        "tests/contracts/test_policies.py::test_scoring_again_equals_the_rollout",
+    ),
+    (
         "critic never detached",
         "policies/pi0.py",
         "features.detach() if self.config.critic.detach else features",
@@ -317,6 +324,20 @@ CORE: tuple[Row, ...] = (
         "rewards_TB=rewards_TB * valid_TB",
         "rewards_TB=rewards_TB",
         "tests/core/test_lost_episodes.py",
+    ),
+    (
+        "rollout: a restarted episode goes on counting",
+        "mmrl/rollout.py",
+        "self._ages_B = torch.where(ended_B, 0, self._ages_B)",
+        "pass",
+        "tests/core/test_rollout.py::test_policy_and_critic_are_told_how_many_decisions_were_made",
+    ),
+    (
+        "rollout: the final value is that of the decision before",
+        "mmrl/rollout.py",
+        "self._observation = self._timed(step.observation)",
+        "self._observation = replace(step.observation, elapsed_B=self._ages_B - 1)",
+        "tests/core/test_rollout.py::test_policy_and_critic_are_told_how_many_decisions_were_made",
     ),
     (
         "rollout: all decisions of an episode draw the same numbers",

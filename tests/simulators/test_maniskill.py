@@ -162,7 +162,8 @@ def test_a_task_of_another_package_in_modes_of_its_own(make: Make) -> None:
 def test_progress_adds_up_to_the_dense_reward(make: Make) -> None:
     """Its sum is what the dense reward is at that moment, 1 with success; each episode starts from nothing."""
     dense, progress = (
-        make(task="PullCube-v1", control_mode="pd_ee_delta_pos", reward=reward, expert_speed=0.8) for reward in ("dense", "progress")
+        make(task="PullCube-v1", control_mode="pd_ee_delta_pos", reward=reward, expert_speed=0.8)
+        for reward in ("dense", "progress")
     )
     for task in (2, 3):
         for environment in (dense, progress):
