@@ -1,7 +1,7 @@
 """Write the architecture and tokenizer of a tiny pi0 for robots (no weights): ``python assets/make_tiny_robot_pi0.py [FOLDER]``.
 
-As ``assets/make_tiny_pi0.py`` has it, but for states of 8 numbers and actions of 7, chunks of 10, and the words of ManiSkill's and
-LIBERO's instructions (which needs both extras). ``configs/ppo_pi0_maniskill.yaml`` and ``ppo_pi0_libero.yaml`` train it.
+As ``assets/make_tiny_pi0.py`` has it, but for states of 8 numbers and actions of 7, chunks of 10, and the words of ManiSkill's
+and LIBERO's instructions (which needs the extra libero). ``configs/ppo_pi0_maniskill.yaml`` and ``ppo_pi0_libero.yaml`` train it.
 """
 
 from __future__ import annotations

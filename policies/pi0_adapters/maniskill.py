@@ -58,7 +58,8 @@ class ManiSkill:
         pose = state_BS[:, self.config.hand_at : self.config.hand_at + _POSE]
         if pose.shape[1] < _POSE or bool(((pose[:, 3:].norm(dim=1) - 1).abs() > 1e-3).any()):
             raise MMRLError(
-                f"policy.adapter.hand_at = {self.config.hand_at}, but no pose begins there in a state of {state_BS.shape[1]} numbers"
+                f"policy.adapter.hand_at = {self.config.hand_at}, but no pose begins there "
+                f"in a state of {state_BS.shape[1]} numbers"
             )
         # LIBERO's second finger counts the other way.
         fingers = state_BS[:, _FINGERS] * state_BS.new_tensor([1.0, -1.0])

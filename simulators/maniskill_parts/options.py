@@ -36,14 +36,14 @@ class Options:
     registered_by: str | None = None
     """A module to import first, which registers the task; null: ManiSkill itself."""
     control_mode: str | None = "pd_ee_delta_pose"
-    """What an action means to the robot's controller; experts speak pd_ee_delta_pose (7 numbers) and pd_ee_delta_pos (4); null: the
-    task's own choice."""
+    """What an action means to the robot's controller; experts speak pd_ee_delta_pose (7 numbers) and pd_ee_delta_pos (4);
+    null: the task's own choice."""
     robot: str | None = None
     """The robot's id, such as panda_wristcam (which adds a camera at the hand); null: the task's own choice."""
     reward: Literal["sparse", "dense", "progress"] = "sparse"
-    """sparse: 1 for the action that succeeds. dense: ManiSkill's normalised dense reward, at most 1 an action; an episode ends with
-    success, so that whoever nearly succeeds until time is up earns more. progress: its change since the last action, which adds
-    up to 1 for a success, whenever it comes."""
+    """sparse: 1 for the action that succeeds. dense: ManiSkill's normalised dense reward, at most 1 an action; an episode ends
+    with success, so that whoever nearly succeeds until time is up earns more. progress: its change since the last action, which
+    adds up to 1 for a success, whenever it comes (RLinf's relative reward)."""
     max_steps: int | None = Field(default=None, gt=0)
     """Actions until truncation; null: as the task is registered."""
     instructions: tuple[str, ...] | None = None

@@ -133,7 +133,7 @@ def _make(options: Options, num_envs: int, gpu: bool) -> Any:
     extra: dict[str, Any] = {} if options.robot is None else {"robot_uids": options.robot}
     if options.image_size is not None:
         extra["sensor_configs"] = {"width": options.image_size, "height": options.image_size}
-    # Where a task lacks the plain mode, more is asked for than is used: segmentation beside pictures, no reward (success is enough).
+    # Where a task lacks the plain mode: segmentation beside the pictures, and no reward, for which success is enough.
     task: Any = REGISTERED_ENVS[options.task].cls
     pictures = "rgb+segmentation" if "rgb+segmentation" in task.SUPPORTED_OBS_MODES else "rgb"
     sparse = "sparse" if "sparse" in task.SUPPORTED_REWARD_MODES else "none"
