@@ -174,5 +174,7 @@ DATA = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _DA
 
 ROBOTS = tuple(Mutation(name, *rest, tests=tuple(tests.split())) for name, *rest, tests in _ROBOTS["ROBOTS"])
 _TABLETOP = runpy.run_path(str(Path(__file__).with_name("tabletop_rows.py")))["TABLETOP"]
+_ADAPTERS = runpy.run_path(str(Path(__file__).with_name("adapter_rows.py")))["ADAPTERS"]
+ADAPTERS = tuple(Mutation(name, *rest, tests=tuple(tests.split())) for name, *rest, tests in _ADAPTERS)
 TABLETOP = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _TABLETOP)
-MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM, *DATA, *ROBOTS, *TABLETOP)
+MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM, *DATA, *ROBOTS, *TABLETOP, *ADAPTERS)

@@ -18,7 +18,7 @@ from mmrl.trainer import train
 SMALL = (
     "tensorboard=false",
     "environment.workers=1",
-    "evaluation={episodes: 2, num_envs: 2, videos: 1}",
+    "evaluation={episodes: 2, num_envs: 2, videos: 0}",
     "stages.imitate.algorithm.batch_size=4",
     "stages.imitate.iterations=2",
     "stages.imitate.data={episodes: 2, num_envs: 2, only_successes: false}",
@@ -60,8 +60,6 @@ def test_every_stage_of_a_recipe_runs(
     learned = [row for row in rows if row["stage"] == "improve" and row["kind"] == "train"]
     assert all(row["rollout/decisions"] > 0 and row["rollout/lost_episodes"] == 0 for row in learned)
     assert max(row["policy/log_prob_mismatch_max"] for row in learned) < 1e-4
-    films = [path.stem for path in (run / "trajectories").glob("*.webp")]
-    assert len(films) == 3
     weights = load_file(run / "policy/model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
     assert (run / "policy/statistics.json").is_file()
