@@ -13,9 +13,10 @@ from torch.distributions import Normal
 
 from mmrl.types import Decision, Evaluation
 from policies.pi0 import Pi0
-from policies.pi0_parts.heads import CriticHead, NoiseHead
+from policies.pi0_parts.heads import NoiseHead
 from policies.pi0_parts.options import CriticConfig
 from policies.pi0_parts.sampling import Sampler
+from policies.shared.heads import CriticHead
 from tests.policies import tiny
 
 SAMPLERS = ("flow_sde", "flow_noise", "cps")
