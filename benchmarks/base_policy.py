@@ -35,9 +35,8 @@ def main() -> None:
         for split, patience in product(("train", "held_out"), (1, 2)):
             limits = {family: DEFAULT_MAX_STEPS[family] * patience}
             environment = Tabletop(Tabletop.Config((family,), split=split, max_steps=limits), num_envs=256, device=cpu)
-            generator = torch.Generator().manual_seed(0)
             result = evaluate(
-                policy, environment, episodes=arguments.episodes, first_task=1_000_000, generator=generator, progress=Quiet()
+                policy, environment, episodes=arguments.episodes, first_task=1_000_000, seed=0, device=cpu, progress=Quiet()
             )
             cells.append(f"{result.success:.1%} [{result.low:.1%}, {result.high:.1%}]")
         print(f"| {family} | {' | '.join(cells)} |", flush=True)

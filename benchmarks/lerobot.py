@@ -36,7 +36,7 @@ def write(folder: Path, storage: str, frames: int) -> None:
     config = LeRobotWriter.Config(storage=storage)  # type: ignore[arg-type]
     with LeRobotWriter(config, folder, name="tabletop") as writer, make().task(f"writing {folder.name}", frames) as advance:
         while written < frames:
-            episodes = play(environment, lambda _: environment.expert_action()[:, None], torch.arange(task, task + NUM_ENVS))
+            episodes = play(environment, lambda *_: environment.expert_action()[:, None], torch.arange(task, task + NUM_ENVS))
             task += NUM_ENVS
             for episode in episodes:
                 if written < frames:

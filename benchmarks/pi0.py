@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.numerics.draws import Draws
 from mmrl.types import Observation
 from policies.pi0 import Pi0
 from policies.pi0_parts.prefix import Prefix
@@ -92,14 +93,19 @@ def encoding_at_every_step(policy: Pi0, inputs: Mapping[str, Tensor]) -> Iterato
         policy._expert = expert  # type: ignore[method-assign]
 
 
+def rows_of(bench: Bench) -> Draws:
+    """Random numbers for the rows of the observation."""
+    return Draws.of(0, torch.arange(bench.seen.batch_size, device=bench.seen.images["front"].device))
+
+
 def act(bench: Bench, policy: Pi0) -> Callable[[], object]:
-    generator = torch.Generator(policy.device).manual_seed(0)
-    return lambda: policy.act(bench.seen, generator, explore=True)
+    draws = rows_of(bench)
+    return lambda: policy.act(bench.seen, draws, explore=True)
 
 
 def learn(bench: Bench, policy: Pi0) -> Callable[[], object]:
     """Forward and backward over a rollout of one decision per row."""
-    trace = policy.act(bench.seen, torch.Generator(policy.device).manual_seed(0), explore=True).trace
+    trace = policy.act(bench.seen, rows_of(bench), explore=True).trace
 
     def run() -> None:
         policy.zero_grad(set_to_none=True)

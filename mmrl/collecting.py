@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -14,15 +15,17 @@ from mmrl.building import choose_device
 from mmrl.component import Component
 from mmrl.config import Block, device_name
 from mmrl.errors import ConfigError, MMRLError
+from mmrl.numerics.draws import Draws
 from mmrl.progress import Progress
 from mmrl.protocols import Environment, EpisodeSink, ExpertEnvironment
-from mmrl.seeding import Streams, configure_torch
+from mmrl.seeding import configure_torch, derive_seed
 from mmrl.types import Episode, Observation
 
 HOPELESS = 1000  # failed episodes in a row after which there is no point in waiting for a success
 
 _CPU = torch.device("cpu")
-Act = Callable[[Observation], Tensor]  # an observation of all slots -> the actions to execute [B, C, A]
+# An observation of all slots, their tasks, and how many decisions their episodes have -> the actions to execute [B, C, A].
+Act = Callable[[Observation, Tensor, int], Tensor]
 
 
 class _Moment(NamedTuple):
@@ -89,14 +92,18 @@ def collect(config: CollectionConfig, progress: Progress) -> Path:
 def _actor(config: CollectionConfig, environment: Environment, device: torch.device) -> Act:
     if config.policy is not None:
         policy: Any = config.policy.build(device=device)
-        generator = Streams(config.seed).get("collect", device)
-        return lambda observation: policy.act(observation, generator, explore=config.explore).action_BCA
+        seed = derive_seed(config.seed, "collect")
+
+        def act(observation: Observation, task_ids_B: Tensor, decision: int) -> Tensor:
+            return policy.act(observation, Draws.of(seed, task_ids_B, decision), explore=config.explore).action_BCA
+
+        return act
     if config.explore:
         raise ConfigError("'explore' is true, but there is no 'policy': the scripted expert draws nothing; name a policy")
     if not isinstance(environment, ExpertEnvironment):
         raise ConfigError(f"'policy' is missing, and {config.environment.target} has no scripted expert; name a policy")
     expert: ExpertEnvironment = environment
-    return lambda observation: expert.expert_action()[:, None]
+    return lambda observation, task_ids_B, decision: expert.expert_action()[:, None]
 
 
 def _wanted(config: CollectionConfig, environment: Environment, act: Act) -> Iterator[Episode]:
@@ -122,8 +129,10 @@ def play(environment: Environment, act: Act, task_ids_B: Tensor) -> list[Episode
     observation, moments = environment.reset(task_ids_B), []
     running_B = torch.ones(environment.num_envs, dtype=torch.bool)
     success_B, terminated_B = torch.zeros_like(running_B), torch.zeros_like(running_B)
-    while bool(running_B.any()):
-        for action_B1A in act(observation).split(1, dim=1):
+    for decision in count():
+        if not bool(running_B.any()):
+            break
+        for action_B1A in act(observation, task_ids_B, decision).split(1, dim=1):
             step = environment.step(action_B1A)
             valid_B = running_B & step.valid_BC[:, 0].cpu()
             moments.append(

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from mmrl.checkpoint import atomic_write_text
 from mmrl.errors import TrainingError
+from mmrl.numerics.draws import Draws
 from mmrl.numerics.statistics import wilson_interval
 from mmrl.progress import Progress
 from mmrl.protocols import Environment, Policy, RenderEnvironment
 from mmrl.report.video import write_animation
+from mmrl.seeding import derive_seed
 from mmrl.types import Observation
 
 VIDEO_FPS = 10
@@ -87,7 +90,8 @@ def evaluate(
     *,
     episodes: int,
     first_task: int,
-    generator: torch.Generator,
+    seed: int,
+    device: torch.device,
     progress: Progress,
     videos: int = 0,
     video_folder: Path | None = None,
@@ -100,11 +104,12 @@ def evaluate(
     TrainingError where none is left.
 
     ``videos`` of the first ``num_envs`` episodes, taken from the families in turn before anything ran, go to ``video_folder``.
-    The numbers depend on policy, tasks and generator, not on what is filmed.
+    The numbers depend on policy, tasks and seed; not on what is filmed, and on ``num_envs`` only as far as the rounding of matrix
+    products does: each episode draws random numbers of its own.
     """
     started = time.perf_counter()
     rounds: list[dict[str, Tensor]] = []
-    pending_M = torch.arange(first_task, first_task + episodes, device=generator.device)
+    pending_M = torch.arange(first_task, first_task + episodes, device=device)
     with progress.task(f"evaluating {label}".strip(), episodes) as advance:
         for _ in range(ATTEMPTS):
             lost: list[Tensor] = []
@@ -117,7 +122,7 @@ def evaluate(
                     else torch.zeros(0).long()
                 )
                 film = _Film(slots, [])
-                outcome, instructions = _play(policy, environment, tasks_B, generator, film)
+                outcome, instructions = _play(policy, environment, tasks_B, seed, film)
                 if video_folder is not None and film.frames:
                     _save_films(film, outcome, instructions, environment.family_of(tasks_B), video_folder, label, stage)
                 rounds.append({name: value[: len(tasks)] for name, value in outcome.items()})
@@ -164,16 +169,21 @@ def _video_slots(families: tuple[str, ...], videos: int) -> Tensor:
 
 
 def _play(
-    policy: Policy, environment: Environment, tasks_B: Tensor, generator: torch.Generator, film: _Film
+    policy: Policy, environment: Environment, tasks_B: Tensor, seed: int, film: _Film
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """One episode per slot: success, return, env steps and whether the simulator lost it [B], and the instructions."""
     observation: Observation = environment.reset(tasks_B)
     instructions = observation.instructions
-    done_B = torch.zeros(environment.num_envs, dtype=torch.bool, device=generator.device)
-    success_B, return_B, steps_B = (torch.zeros(environment.num_envs, device=generator.device) for _ in range(3))
+    done_B = torch.zeros_like(tasks_B, dtype=torch.bool)
+    success_B, return_B, steps_B = (torch.zeros(tasks_B.shape, device=tasks_B.device) for _ in range(3))
     film.shoot(environment)
-    while not bool(done_B.all()):
-        action_BCA = policy.act(observation, generator, explore=False).action_BCA
+    stream = derive_seed(seed, "evaluation")
+    for t in count():
+        if bool(done_B.all()):
+            break
+        rows = (~done_B).nonzero()[:, 0]
+        draws = Draws.of(stream, tasks_B[rows], t)
+        action_BCA = policy.act(observation.select(rows), draws, explore=False).spread(rows, len(tasks_B)).action_BCA
         # One action at a time while filming: the same episode, but every frame is seen.
         pieces = action_BCA.split(1, dim=1) if film.frames else (action_BCA,)
         for piece in pieces:

@@ -99,11 +99,16 @@ class RolloutLearner(Learner):
         self._value = policy.value if "critic" in algorithm.needs else None
         reset = not algorithm.whole_episodes if config.collect.auto_reset is None else config.collect.auto_reset
         self._environment = setting.make_environment(config.collect.num_envs)
-        decisions = _decisions(setting, self._environment, reset)
-        self._collector = Collector(self._environment, decisions=decisions, group_size=algorithm.group_size, auto_reset=reset)
+        self._collector = Collector(
+            [self._environment],
+            decisions=_decisions(setting, self._environment, reset),
+            seed=derive_seed(setting.streams.seed, "collect"),
+            device=setting.device,
+            group_size=algorithm.group_size,
+            auto_reset=reset,
+        )
         # Another seed of the run, and another stage, means other tasks.
         self._collector.next_task = derive_seed(setting.streams.seed, "tasks", setting.index) % 2**40 + 2**32
-        self._generator = setting.streams.get("collect", setting.device)
         supervised = _supervised(setting)  # may give the policy its statistics, so before the reference copies it
         self._reference = policy.reference() if algorithm.uses_reference else None
         self.optimization = setting.optimization(config.iterations * algorithm.epochs * algorithm.minibatches)
@@ -121,7 +126,7 @@ class RolloutLearner(Learner):
 
     def iterate(self, iteration: int) -> dict[str, float]:
         times = [time.perf_counter()]
-        rollout = self._collector.collect(self._policy, self._generator, self._value)
+        rollout = self._collector.collect(self._policy, self._value)
         times.append(time.perf_counter())
         batch, advantages = self._update.prepare(rollout)
         times.append(time.perf_counter())

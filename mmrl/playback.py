@@ -18,7 +18,7 @@ from mmrl.errors import CheckpointError, TrainingError
 from mmrl.evaluation import EvaluationResult, evaluate
 from mmrl.optim import Optimization
 from mmrl.progress import Progress
-from mmrl.seeding import Streams, configure_torch
+from mmrl.seeding import configure_torch
 
 LABEL = "evaluate"
 
@@ -82,7 +82,8 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], episodes: int | None, 
             environment,
             episodes=count,
             first_task=config.evaluation.first_task,
-            generator=Streams(config.seed).fresh("evaluation", device=device),
+            seed=config.seed,
+            device=device,
             progress=progress,
             videos=config.evaluation.videos if writable else 0,
             video_folder=run_dir / "trajectories",

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from mmrl.numerics.draws import Draws
 from mmrl.types import ActionSpec, Batch, Decision, Episode, Evaluation, Examples, Loss, Observation, Rollout, Step
 
 
@@ -72,8 +73,11 @@ class Policy(Protocol):
 
     version: int
 
-    def act(self, observation: Observation, generator: torch.Generator, *, explore: bool) -> Decision:
-        """Decide for B observations without gradients. ``explore=False`` is the deterministic policy used for evaluation."""
+    def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
+        """Decide for B observations without gradients. ``explore=False`` is the deterministic policy used for evaluation.
+
+        Every random number comes from ``draws``, so that a row's decision does not depend on the rows beside it.
+        """
         ...
 
     def trainable(self) -> Mapping[str, Sequence[nn.Parameter]]:
@@ -132,7 +136,7 @@ class ValuePolicy(Protocol):
 
     has_critic: bool
 
-    def value(self, observation: Observation, generator: torch.Generator) -> Tensor:
+    def value(self, observation: Observation, draws: Draws) -> Tensor:
         """The critic's estimate for B observations, without gradients: [B]. The same function ``act`` and ``evaluate`` use."""
         ...
 

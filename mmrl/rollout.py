@@ -1,23 +1,29 @@
-"""Collecting experience: a policy and a batched environment, decision by decision, in lock-step.
+"""Collecting experience: a policy and batched environments, decision by decision, in lock-step.
 
 Every rollout starts with fresh episodes, so that nothing but a task counter has to survive between iterations (and a resumed run
 is the unbroken run, with any simulator). Within a rollout a slot whose episode ends either starts the next task at once
-(auto-reset) or stays idle, its decisions marked invalid. An episode that the end of the rollout cuts is bootstrapped from the
-critic, like a truncation. An episode that the simulator lost (Step.lost_B) counts for nothing: its decisions are marked invalid.
+(auto-reset) or stays idle: nobody acts for it, and its decisions are marked invalid. An episode that the end of the rollout cuts
+is bootstrapped from the critic, like a truncation. An episode that the simulator lost (Step.lost_B) counts for nothing: its
+decisions are marked invalid.
+
+Random numbers belong to an episode and the decisions in it (see ``mmrl.numerics.draws``). So the same tasks give the same
+episodes, up to the rounding of matrix products, whatever number of slots and environments they are spread over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from mmrl.numerics.draws import Draws
 from mmrl.protocols import Environment, Policy
 from mmrl.types import Decision, EpisodeRecord, Observation, Rollout, Step
 
-ValueFunction = Callable[[Observation, torch.Generator], Tensor]
+ValueFunction = Callable[[Observation, Draws], Tensor]
+_ACTION, _VALUE = 0, 1  # what an episode's random numbers are for
 
 
 @dataclass
@@ -38,7 +44,7 @@ class _EpisodeLog:
         self.returns_B = torch.zeros(num_envs, device=device)
         self.lengths_B = torch.zeros(num_envs, dtype=torch.long, device=device)
         self.finished: list[EpisodeRecord] = []
-        self.slots: list[Tensor] = []
+        self.slots: list[Tensor] = []  # of the finished ones
         self.first_B = torch.zeros_like(self.lengths_B)  # the decision with which the running episode began
         self.lost: list[tuple[int, int, int]] = []  # (slot, first decision, last decision)
 
@@ -52,80 +58,134 @@ class _EpisodeLog:
         self.lengths_B = torch.where(ended_B, 0, self.lengths_B)
 
     def finish(self, step: Step, ended_B: Tensor, task_ids_B: Tensor) -> None:
-        if not bool(ended_B.any()):
-            return
         metrics = {name: value[ended_B] for name, value in step.metrics.items() if name != "success"}
         success = step.metrics["success"][ended_B]
         self.finished.append(
             EpisodeRecord(task_ids_B[ended_B], self.returns_B[ended_B], success, self.lengths_B[ended_B], metrics)
         )
-        self.slots.append(ended_B.nonzero().squeeze(1))
+        self.slots.append(ended_B.nonzero()[:, 0])
 
 
 class Collector:
-    """Collects rollouts of ``decisions`` decisions from every slot of ``environment``.
+    """Collects rollouts of ``decisions`` decisions from every slot of ``environments``.
 
-    group_size: consecutive slots that play the same task. auto_reset: start the next task in a slot as soon as its episode ends
-    (needs group_size 1). ``next_task`` is the only state; checkpoint it.
+    The environments' slots, one environment's after the other's, are the slots of the rollout.
+
+    seed: of the random numbers. group_size: consecutive slots of an environment that play the same task. auto_reset: start the
+    next task in a slot as soon as its episode ends (needs group_size 1). ``next_task`` is the only state; checkpoint it.
     """
 
-    def __init__(self, environment: Environment, *, decisions: int, group_size: int = 1, auto_reset: bool = True) -> None:
+    def __init__(
+        self,
+        environments: Sequence[Environment],
+        *,
+        decisions: int,
+        seed: int,
+        device: torch.device,
+        group_size: int = 1,
+        auto_reset: bool = True,
+    ) -> None:
         if auto_reset and group_size > 1:
             raise ValueError("auto_reset mixes episodes of different tasks into a group; use it with group_size 1")
-        if environment.num_envs % group_size:
-            raise ValueError(f"group_size is {group_size}, which does not divide the {environment.num_envs} environments")
-        self.environment, self.decisions = environment, decisions
+        for environment in environments:
+            if environment.num_envs % group_size:
+                raise ValueError(f"group_size is {group_size}, which does not divide the {environment.num_envs} environments")
+        self.environments, self.decisions = environments, decisions
+        self.seed, self.device = seed, device
         self.group_size, self.auto_reset = group_size, auto_reset
         self.next_task = 0
 
-    def _take_tasks(self, count: int, device: torch.device) -> Tensor:
-        tasks = torch.arange(self.next_task, self.next_task + count, device=device)
+    def take_tasks(self, count: int) -> Tensor:
+        """Ids of ``count`` tasks that nobody has played: int64 [count]."""
+        tasks = torch.arange(self.next_task, self.next_task + count, device=self.device)
         self.next_task += count
         return tasks
 
     @torch.no_grad()
-    def collect(self, policy: Policy, generator: torch.Generator, value: ValueFunction | None = None) -> Rollout:
+    def collect(self, policy: Policy, value: ValueFunction | None = None) -> Rollout:
         """``value`` is the critic for the bootstraps (None: every value is 0)."""
-        env = self.environment
-        device = generator.device
-        tasks_B = self._take_tasks(env.num_envs // self.group_size, device).repeat_interleave(self.group_size)
-        observation = env.reset(tasks_B)
-        running_B = torch.ones(env.num_envs, dtype=torch.bool, device=device)
-        log, columns = _EpisodeLog(env.num_envs, device), []
-        for t in range(self.decisions):
-            decision = policy.act(observation, generator, explore=True)
-            step = env.step(decision.action_BCA)
-            ended_B = step.done_B & running_B
-            log.add(t, step, running_B, ended_B, tasks_B)
-            final_values_B = _values_of(value, step.observation, ended_B & step.truncated_B, generator)
-            columns.append(_Column(decision, step, running_B, tasks_B, final_values_B))
-            observation = step.observation
-            if self.auto_reset and t + 1 < self.decisions and bool(ended_B.any()):
-                tasks_B = tasks_B.clone()
-                tasks_B[ended_B] = self._take_tasks(int(ended_B.sum()), device)
-                observation = env.reset(tasks_B, ended_B)
-            elif not self.auto_reset:
-                running_B = running_B & ~ended_B
-                if not bool(running_B.any()):
-                    break
-        last_values_B = _values_of(value, observation, running_B & ~(columns[-1].step.done_B), generator)
-        return _assemble(columns, last_values_B, log, num_envs=env.num_envs, ordered=not self.auto_reset)
+        parts = [_Part(self, environment, policy, value) for environment in self.environments]
+        for _ in range(self.decisions):
+            for part in parts:
+                part.follow()
+                part.decide()
+        for part in parts:
+            part.follow()
+        return _join([part.rollout() for part in parts])
 
 
-def _values_of(value: ValueFunction | None, observation: Observation, where_B: Tensor, generator: torch.Generator) -> Tensor:
-    """The critic's estimate in the slots ``where_B``, 0 elsewhere."""
-    values_B = torch.zeros(where_B.shape, device=where_B.device)
-    if value is not None and bool(where_B.any()):
-        rows = where_B.nonzero().squeeze(1)
-        values_B[rows] = value(observation.select(rows), generator).to(values_B.dtype)
-    return values_B
+class _Part:
+    """The slots of one environment during one rollout: ``decide`` and ``follow`` in turns, then ``rollout``."""
+
+    def __init__(self, collector: Collector, environment: Environment, policy: Policy, value: ValueFunction | None) -> None:
+        self._collector, self._environment, self._policy, self._value = collector, environment, policy, value
+        size, device = environment.num_envs, collector.device
+        self._copies_B = torch.arange(size, device=device) % collector.group_size
+        self._tasks_B = collector.take_tasks(size // collector.group_size).repeat_interleave(collector.group_size)
+        self._ages_B = torch.zeros_like(self._tasks_B)  # decisions in the running episodes
+        self._running_B = torch.ones(size, dtype=torch.bool, device=device)
+        self._observation = environment.reset(self._tasks_B)
+        self._log, self._columns = _EpisodeLog(size, device), []
+        self._pending: tuple[Decision, Step] | None = None
+
+    def decide(self) -> None:
+        """Act in the slots that run, and let the environment begin with what follows."""
+        if not bool(self._running_B.any()):
+            return
+        draws = self._draws(_ACTION)
+        if bool(self._running_B.all()):
+            decision = self._policy.act(self._observation, draws, explore=True)
+        else:
+            rows = self._running_B.nonzero()[:, 0]
+            decision = self._policy.act(self._observation.select(rows), draws.select(rows), explore=True)
+            decision = decision.spread(rows, len(self._running_B))
+        self._pending = decision, self._environment.step(decision.action_BCA)
+
+    def follow(self) -> None:
+        """See what followed the last decision, if there was one."""
+        if self._pending is None:
+            return
+        decision, step = self._pending
+        self._pending = None
+        t, running_B = len(self._columns), self._running_B
+        ended_B = step.done_B & running_B
+        self._log.add(t, step, running_B, ended_B, self._tasks_B)
+        self._ages_B = self._ages_B + 1
+        final_values_B = self._values_of(step.observation, ended_B & step.truncated_B)
+        self._columns.append(_Column(decision, step, running_B, self._tasks_B, final_values_B))
+        self._observation = step.observation
+        if not self._collector.auto_reset:
+            self._running_B = running_B & ~ended_B
+        elif t + 1 < self._collector.decisions and bool(ended_B.any()):
+            self._restart(ended_B)
+
+    def _restart(self, ended_B: Tensor) -> None:
+        self._tasks_B = self._tasks_B.clone()
+        self._tasks_B[ended_B] = self._collector.take_tasks(int(ended_B.sum()))
+        self._ages_B = torch.where(ended_B, 0, self._ages_B)
+        self._observation = self._environment.reset(self._tasks_B, ended_B)
+
+    def rollout(self) -> Rollout:
+        last = self._columns[-1].step
+        last_values_B = self._values_of(self._observation, self._running_B & ~last.done_B)
+        if not self._collector.auto_reset:  # whole episodes were asked for: one that was cut is recorded as it stands
+            self._log.finish(last, self._running_B & ~last.done_B, self._tasks_B)
+        return _assemble(self._columns, last_values_B, self._log)
+
+    def _draws(self, purpose: int) -> Draws:
+        return Draws.of(self._collector.seed, self._tasks_B, self._copies_B, self._ages_B, purpose)
+
+    def _values_of(self, observation: Observation, where_B: Tensor) -> Tensor:
+        """The critic's estimate in the slots ``where_B``, 0 elsewhere."""
+        values_B = torch.zeros(where_B.shape, device=where_B.device)
+        if self._value is not None and bool(where_B.any()):
+            rows = where_B.nonzero().squeeze(1)
+            values_B[rows] = self._value(observation.select(rows), self._draws(_VALUE).select(rows)).to(values_B.dtype)
+        return values_B
 
 
-def _assemble(columns: list[_Column], last_values_B: Tensor, log: _EpisodeLog, *, num_envs: int, ordered: bool) -> Rollout:
-    first = columns[0].decision
-    traces: dict[str, Tensor] = {name: torch.stack([c.decision.trace[name] for c in columns]) for name in first.trace}
-    zero_B = torch.zeros(num_envs, device=first.action_BCA.device)
-    values_TB = torch.stack([zero_B if c.decision.values_B is None else c.decision.values_B for c in columns])
+def _assemble(columns: Sequence[_Column], last_values_B: Tensor, log: _EpisodeLog) -> Rollout:
+    values_TB = torch.stack([_values(c.decision) for c in columns])
     done_TB = torch.stack([c.step.done_B for c in columns])
     following_TB = torch.cat([values_TB[1:], last_values_B[None]])
     final_TB = torch.stack([c.final_values_B for c in columns])
@@ -134,7 +194,7 @@ def _assemble(columns: list[_Column], last_values_B: Tensor, log: _EpisodeLog, *
         valid_TB[first_t : last_t + 1, slot] = False
     rewards_TB = torch.stack([(c.step.rewards_BC * c.step.valid_BC).sum(1) for c in columns])
     return Rollout(
-        trace=traces,
+        trace={name: torch.stack([c.decision.trace[name] for c in columns]) for name in columns[0].decision.trace},
         log_probs_TBK=torch.stack([c.decision.log_probs_BK for c in columns]),
         mask_TBK=torch.stack([c.decision.mask_BK for c in columns]),
         rewards_TB=rewards_TB * valid_TB,
@@ -144,28 +204,41 @@ def _assemble(columns: list[_Column], last_values_B: Tensor, log: _EpisodeLog, *
         terminated_TB=torch.stack([c.step.terminated_B for c in columns]),
         truncated_TB=torch.stack([c.step.truncated_B for c in columns]),
         task_ids_TB=torch.stack([c.task_ids_B for c in columns]),
-        episodes=_episodes(log, columns[-1], ordered=ordered),
+        episodes=EpisodeRecord.concat(log.finished).select(torch.cat(log.slots).argsort(stable=True)),
         env_steps=sum(int((c.step.valid_BC & c.valid_B[:, None]).sum()) for c in columns),
         lost=len(log.lost),
     )
 
 
-def _episodes(log: _EpisodeLog, last: _Column, *, ordered: bool) -> EpisodeRecord:
-    """Finished episodes. Without auto-reset also the unfinished ones (their slots still run), and in the order of the slots: one
-    for each, but for those whose episode was lost.
+def _values(decision: Decision) -> Tensor:
+    """The critic's, or zeros."""
+    return torch.zeros(len(decision.mask_BK), device=decision.mask_BK.device) if decision.values_B is None else decision.values_B
+
+
+def _join(parts: Sequence[Rollout]) -> Rollout:
+    """Side by side; what is shorter than the longest is filled up with decisions that are not valid.
+
+    Episodes are in the order of their tasks, and those of one task in the order of their slots.
     """
-    if ordered:
-        log.finish(last.step, last.valid_B & ~last.step.done_B, last.task_ids_B)
-    if not log.finished:
-        return _empty(last)
-    record = EpisodeRecord.concat(log.finished)
-    return record.select(torch.cat(log.slots).argsort()) if ordered else record
+    longest = max(len(part.rewards_TB) for part in parts)
 
+    def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+        filled = [torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])]) if len(x) < longest else x for x in tensors]
+        return filled[0] if len(filled) == 1 else torch.cat(filled, 1)
 
-def _empty(last: _Column) -> EpisodeRecord:
-    nothing = torch.zeros(0, device=last.valid_B.device)
-    metrics = {name: nothing for name in last.step.metrics if name != "success"}
-    return EpisodeRecord(nothing.long(), nothing, nothing, nothing.long(), metrics)
+    tensors = {
+        f.name: side_by_side([getattr(part, f.name) for part in parts])
+        for f in fields(Rollout)
+        if f.name.endswith(("_TB", "_TBK"))
+    }
+    episodes = EpisodeRecord.concat([part.episodes for part in parts])
+    return Rollout(
+        trace={name: side_by_side([part.trace[name] for part in parts]) for name in parts[0].trace},
+        **tensors,
+        episodes=episodes.select(episodes.task_ids_M.argsort(stable=True)),
+        env_steps=sum(part.env_steps for part in parts),
+        lost=sum(part.lost for part in parts),
+    )
 
 
 def episode_metrics(record: EpisodeRecord) -> Mapping[str, float]:

@@ -127,6 +127,21 @@ class Decision:
         for name, value in self.trace.items():
             _expect("Decision", f"trace[{name!r}]", value, b)
 
+    def spread(self, index_N: Tensor, size: int) -> Decision:
+        """These N rows as the rows ``index_N`` of ``size``; the others are zeros, whose units are not trained."""
+
+        def put(rows: Tensor) -> Tensor:
+            return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, index_N, rows)
+
+        return Decision(
+            put(self.action_BCA),
+            {name: put(tensor) for name, tensor in self.trace.items()},
+            put(self.log_probs_BK),
+            put(self.mask_BK),
+            None if self.values_B is None else put(self.values_B),
+            self.policy_version,
+        )
+
 
 @dataclass(frozen=True)
 class Step:

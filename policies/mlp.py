@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmrl.errors import MMRLError
+from mmrl.numerics.draws import Draws
 from mmrl.numerics.flow import gaussian_entropy, gaussian_log_prob
 from mmrl.numerics.losses import Loss
 from mmrl.numerics.tokens import token_entropy, token_log_probs
@@ -155,10 +156,10 @@ class MLP(nn.Module):
     # -- acting --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def act(self, observation: Observation, generator: torch.Generator, *, explore: bool) -> Decision:
+    def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
         state_BS = self._state(observation)
         output, values_B = self._forward(state_BS, critic=explore)
-        action_BA = self.actions.draw(output, generator) if explore else self.actions.mode(output)
+        action_BA = self.actions.draw(output, draws) if explore else self.actions.mode(output)
         log_probs_BK = self.actions.log_prob(output, action_BA)[:, None]
         return Decision(
             action_BCA=action_BA[:, None].to(state_BS.dtype),
@@ -170,7 +171,7 @@ class MLP(nn.Module):
         )
 
     @torch.no_grad()
-    def value(self, observation: Observation, generator: torch.Generator) -> Tensor:
+    def value(self, observation: Observation, draws: Draws) -> Tensor:
         values_B = self._forward(self._state(observation), critic=True)[1]
         if values_B is None:
             raise MMRLError("the policy has no critic (policy.critic is null)")
@@ -248,9 +249,8 @@ class _Gaussian(nn.Module):
     def forward(self, features_BW: Tensor) -> Tensor:
         return self.mean(features_BW)
 
-    def draw(self, mean_BA: Tensor, generator: torch.Generator) -> Tensor:
-        noise_BA = torch.randn(mean_BA.shape, generator=generator, device=mean_BA.device, dtype=mean_BA.dtype)
-        return mean_BA + self.log_std.exp() * noise_BA
+    def draw(self, mean_BA: Tensor, draws: Draws) -> Tensor:
+        return mean_BA + self.log_std.exp() * draws.normal(self.dim, dtype=mean_BA.dtype)
 
     def mode(self, mean_BA: Tensor) -> Tensor:
         return mean_BA
@@ -278,9 +278,8 @@ class _Categorical(nn.Module):
         absent_AV: Any = self.absent_AV
         return self.logits(features_BW).unflatten(1, absent_AV.shape).masked_fill(absent_AV, -math.inf)
 
-    def draw(self, logits_BAV: Tensor, generator: torch.Generator) -> Tensor:
-        chances = logits_BAV.softmax(-1).flatten(0, 1)
-        return torch.multinomial(chances, 1, generator=generator).view(logits_BAV.shape[:2])
+    def draw(self, logits_BAV: Tensor, draws: Draws) -> Tensor:
+        return draws.categorical(logits_BAV)
 
     def mode(self, logits_BAV: Tensor) -> Tensor:
         return logits_BAV.argmax(-1)

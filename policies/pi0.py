@@ -5,7 +5,7 @@ Flow-SDE (the reverse SDE of Flow-GRPO) or Flow-Noise (a learned standard deviat
 "pi_RL: Online RL fine-tuning for flow-based vision-language-action models"), or CPS (coefficients-preserving sampling).
 
 Departures from pi_RL, each the safer choice:
-- The stochastic step k* is drawn for each sample, not once for the batch, from the run's own generator.
+- The stochastic step k* is drawn for each sample, not once for the batch, from the sample's own random numbers.
 - The critic computes the same function when acting, when training and when bootstrapping; its default input is the expert's state
   token, which sees image, text and state but, by pi0's attention mask, no noisy action: its value does not depend on the noise.
 - The entropy of Flow-Noise is the mean over its steps, without the constant of the prior.
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from mmrl.errors import MMRLError
 from mmrl.numerics import flow
+from mmrl.numerics.draws import Draws
 from mmrl.numerics.losses import Loss
 from mmrl.types import Decision, Evaluation, Examples, Observation, Rollout
 from policies.pi0_parts.heads import NoiseHead
@@ -353,37 +354,29 @@ class Pi0(nn.Module):
     # -- acting ----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def act(self, observation: Observation, generator: torch.Generator, *, explore: bool) -> Decision:
+    def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
         with self.compute_mode(train=False):
             inputs = self._inputs(observation)
-            return self._denoise(inputs, self._encode(inputs), generator, explore=explore)
+            return self._denoise(inputs, self._encode(inputs), draws, explore=explore)
 
-    def _denoise(self, inputs: Mapping[str, Tensor], prefix: Prefix, generator: torch.Generator, *, explore: bool) -> Decision:
+    def _denoise(self, inputs: Mapping[str, Tensor], prefix: Prefix, draws: Draws, *, explore: bool) -> Decision:
         batch, sampler = inputs["state"].shape[0], self._sampler
-        chain_dtype = torch.promote_types(self.model.dtype, torch.float32)
-        shape = (batch, self.horizon, self._padded_dim)
-
-        def normal() -> Tensor:
-            return torch.randn(shape, generator=generator, device=self.device, dtype=chain_dtype)
-
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
         explore = explore and self.config.sampler != "ode"
-        nothing = torch.empty(batch, 0, dtype=torch.long, device=self.device)
-        chosen_BJ = sampler.choose(batch, generator, self.device) if explore else nothing
-        x = prior = normal()
-        before = torch.zeros((*chosen_BJ.shape, *shape[1:]), device=self.device, dtype=chain_dtype)
-        after = torch.zeros_like(before)
-        log_density = before.new_zeros((*chosen_BJ.shape, self.execute, self.action_dim))
+        x = prior = draws.normal(self.horizon, self._padded_dim, dtype=dtype)
+        chosen_BJ = sampler.choose(draws) if explore else torch.empty(batch, 0, dtype=torch.long, device=self.device)
+        noise_BJHD = draws.normal(chosen_BJ.shape[1], *x.shape[1:], dtype=dtype)
+        before, after = torch.zeros_like(noise_BJHD), torch.zeros_like(noise_BJHD)
+        log_density = x.new_zeros((*chosen_BJ.shape, self.execute, self.action_dim))
         values = x.new_zeros(chosen_BJ.shape)
         for k in range(sampler.steps):
             step_B = torch.full((batch,), k, device=self.device)
-            velocity, hidden = self._expert(prefix, inputs["state"], x, sampler.times(step_B, chain_dtype)[0])
+            velocity, hidden = self._expert(prefix, inputs["state"], x, sampler.times(step_B, dtype)[0])
             x_next = sampler.follow(x, velocity, step_B)
-            here_BJ = chosen_BJ == k
-            if bool(here_BJ.any()):
+            rows, columns = (chosen_BJ == k).nonzero(as_tuple=True)
+            if len(rows):
                 mean, std = sampler.transition(x, velocity, step_B, self._learned_std(hidden))
-                here_B = here_BJ.any(1)[:, None, None]
-                x_next = torch.where(here_B, mean + std * normal(), x_next)
-                rows, columns = here_BJ.nonzero(as_tuple=True)
+                x_next[rows] = mean[rows] + std[rows] * noise_BJHD[rows, columns]
                 before[rows, columns], after[rows, columns] = x[rows], x_next[rows]
                 log_density[rows, columns] = sampler.score(x_next, mean, std)[rows]
                 if self.critic is not None:
@@ -429,14 +422,14 @@ class Pi0(nn.Module):
         return Evaluation(log_probs, entropy, torch.stack(values, 1).mean(1) if values else None)
 
     @torch.no_grad()
-    def value(self, observation: Observation, generator: torch.Generator) -> Tensor:
+    def value(self, observation: Observation, draws: Draws) -> Tensor:
         if self.critic is None or self.config.critic is None:
             raise MMRLError("the policy has no critic (policy.critic is null)")
         with self.compute_mode(train=False):
             inputs = self._inputs(observation)
             prefix = self._encode(inputs)
             if "suffix" in self.config.critic.inputs:
-                decision = self._denoise(inputs, prefix, generator, explore=True)
+                decision = self._denoise(inputs, prefix, draws, explore=True)
                 assert decision.values_B is not None
                 return decision.values_B
             # Neither the prefix nor the state token sees the noisy actions: any chunk and time give the same value.

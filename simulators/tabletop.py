@@ -14,10 +14,11 @@ from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from mmrl.numerics.hashing import salt
 from mmrl.types import ActionSpec, Observation, Step
 from simulators.tabletop_parts.domains import DOMAINS
 from simulators.tabletop_parts.expert import expert_action
-from simulators.tabletop_parts.hashing import normal, salt
+from simulators.tabletop_parts.hashing import normal
 from simulators.tabletop_parts.language import TEMPLATES, vocabulary
 from simulators.tabletop_parts.physics import ACTION_DIM, Physics
 from simulators.tabletop_parts.render import Painter, palette

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmrl.numerics import flow
+from mmrl.numerics.draws import Draws
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ class Sampler:
         grid = flow.time_grid(self.steps, step_B.device, dtype)
         return grid[step_B], grid[step_B + 1]
 
-    def choose(self, batch: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    def choose(self, draws: Draws) -> Tensor:
         """Which denoising steps are stochastic and trained: int64 [B, J]; J = 1, drawn for each sample, or all."""
         candidates = self.steps - (0 if self.last_step else 1)
         if self.every_step:
-            return torch.arange(candidates, device=device).expand(batch, -1)
-        return torch.randint(candidates, (batch, 1), generator=generator, device=device)
+            return torch.arange(candidates, device=draws.keys_B.device).expand(len(draws), -1)
+        return draws.integers(candidates, 1)
 
     def follow(self, x: Tensor, velocity: Tensor, step_B: Tensor) -> Tensor:
         """The deterministic step: [B, H, D]."""

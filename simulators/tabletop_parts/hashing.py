@@ -9,37 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+from mmrl.numerics.hashing import mix, shift
+
 _BITS = 24  # a float32 holds integers of 24 bits exactly
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift (torch's is arithmetic)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def mix(x: Tensor) -> Tensor:
-    """The output function of splitmix64 (Steele, Lea and Flood 2014), on int64 of any shape."""
-    x = x + _GOLDEN
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
-    return x ^ _shift(x, 31)
-
-
-def salt(*words: int) -> int:
-    """One 64-bit key out of several integers; the order counts."""
-    key = torch.zeros((), dtype=torch.int64)
-    for word in words:
-        key = mix(key ^ word)
-    return int(key)
 
 
 def _bits(key: int, ids_B: Tensor, first: Tensor | int, count: int) -> Tensor:
     """24 random bits for each of ``count`` draws per id: int64 [B, count]."""
     index = torch.arange(count, device=ids_B.device) + first
-    return _shift(mix(mix(ids_B ^ key)[:, None] + index), 64 - _BITS)
+    return shift(mix(mix(ids_B ^ key)[:, None] + index), 64 - _BITS)
 
 
 def uniform(key: int, ids_B: Tensor, count: int) -> Tensor:

@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from simulators.tabletop_parts.hashing import salt, uniform
+from mmrl.numerics.hashing import salt
+from simulators.tabletop_parts.hashing import uniform
 from simulators.tabletop_parts.language import COLOURS, SHAPES, TEMPLATES, block_name
 
 BLOCK_RADIUS = 0.075

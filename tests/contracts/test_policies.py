@@ -60,7 +60,7 @@ def seeded(seed: int) -> torch.Generator:
 
 def explore(policy: Policy, seed: int = 1, batch: int = B) -> Decision:
     with policy.compute_mode(train=False):
-        return policy.act(policy.example_observation(batch), seeded(seed), explore=True)
+        return policy.act(policy.example_observation(batch), tiny.draws(seed, batch), explore=True)
 
 
 def play(policy: Policy) -> Rollout:
@@ -125,15 +125,15 @@ def test_it_keeps_the_protocol(policy: Any) -> None:
 
 
 @pytest.mark.parametrize("exploring", [True, False])
-def test_acting_is_a_function_of_the_generator(make: Callable[[], Any], exploring: bool) -> None:
+def test_acting_is_a_function_of_the_draws(make: Callable[[], Any], exploring: bool) -> None:
     first, second = make(), make()
     seen = first.example_observation(B)
     torch.manual_seed(1)
-    ours = first.act(seen, seeded(3), explore=exploring)
+    ours = first.act(seen, tiny.draws(3), explore=exploring)
     torch.manual_seed(2)
-    theirs = second.act(seen, seeded(3), explore=exploring)
+    theirs = second.act(seen, tiny.draws(3), explore=exploring)
     assert torch.equal(ours.action_BCA, theirs.action_BCA) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
-    other = first.act(seen, seeded(4), explore=exploring)
+    other = first.act(seen, tiny.draws(4), explore=exploring)
     assert not exploring or not torch.equal(other.action_BCA, ours.action_BCA)
 
 
@@ -148,7 +148,7 @@ def test_acting_leaves_weights_modes_and_gradients_alone(policy: Any) -> None:
 
 def test_acting_without_exploration_needs_no_trace(policy: Any) -> None:
     """What is not stored cannot be scored by mistake; the action has the shape of an exploring one."""
-    decision = policy.act(policy.example_observation(B), seeded(1), explore=False)
+    decision = policy.act(policy.example_observation(B), tiny.draws(1), explore=False)
     assert decision.trace == {}
     assert decision.action_BCA.shape == explore(policy).action_BCA.shape
 
@@ -167,6 +167,19 @@ def test_observations_do_not_mix_within_a_batch(policy: Any) -> None:
         torch.testing.assert_close(alone.log_probs_NK[0], together.log_probs_NK[b], rtol=1e-4, atol=1e-4)
         if together.values_N is not None:
             torch.testing.assert_close(alone.values_N[0], together.values_N[b], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("exploring", [True, False])
+def test_a_row_s_decision_does_not_depend_on_the_rows_beside_it(policy: Any, exploring: bool) -> None:
+    """Up to the rounding of matrix products: neither its random numbers nor anything else comes from its neighbours."""
+    seen, index = policy.example_observation(B), torch.tensor([3, 1])
+    together = policy.act(seen, tiny.draws(1), explore=exploring)
+    apart = policy.act(seen.select(index), tiny.draws(1).select(index), explore=exploring)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(apart.action_BCA, together.action_BCA[index], **close)
+    torch.testing.assert_close(apart.log_probs_BK, together.log_probs_BK[index], **close)
+    for name, tensor in apart.trace.items():
+        torch.testing.assert_close(tensor, together.trace[name][index], **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # -- scoring again -----------------------------------------------------------------------------------------------------
@@ -343,7 +356,7 @@ def test_trainable_groups_are_disjoint_and_complete(policy: Any) -> None:
 def test_the_critic_says_the_same_when_bootstrapping(policy: Any) -> None:
     if not policy.has_critic:
         return
-    values_B = policy.value(policy.example_observation(B), seeded(1))
+    values_B = policy.value(policy.example_observation(B), tiny.draws(1))
     expected = explore(policy, seed=1).values_B
     assert values_B.shape == (B,) and not values_B.requires_grad
     torch.testing.assert_close(values_B, expected, rtol=1e-5, atol=1e-6)

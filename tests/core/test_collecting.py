@@ -91,7 +91,7 @@ def test_the_expert_s_episodes_are_saved_as_they_were_played(config: Path, tmp_p
     assert result.exit_code == 0 and result.stdout.splitlines()[-1] == str(tmp_path / "expert")
     environment = Tabletop(load_as(CollectionConfig, config).environment.config, num_envs=12)
     played = [
-        e for e in play(environment, lambda _: environment.expert_action()[:, None], torch.arange(500_000, 500_012)) if e.success
+        e for e in play(environment, lambda *_: environment.expert_action()[:, None], torch.arange(500_000, 500_012)) if e.success
     ]
     source = sets.source(tmp_path / "expert", horizon=1)
     examples = source.examples(torch.arange(len(source)))

@@ -62,12 +62,11 @@ def test_the_three_learn_together(parts: tuple[Any, Any, Any]) -> None:
     policy, environment, algorithm = parts
     torch.nn.init.zeros_(policy.mean.weight)
     torch.nn.init.constant_(policy.mean.bias, 0.2)  # walks 0.4 on average, which is enough for some of the tasks
-    generator = torch.Generator().manual_seed(0)
-    collector = Collector(environment, decisions=10, auto_reset=False)
+    collector = Collector([environment], decisions=10, seed=0, device=torch.device("cpu"), auto_reset=False)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
     success = []
     for _ in range(40):
-        rollout = collector.collect(policy, generator)
+        rollout = collector.collect(policy)
         advantages = algorithm.advantages(rollout)
         keep = advantages.keep_TB
         trace = policy.pack(rollout)
@@ -85,7 +84,7 @@ def test_the_three_learn_together(parts: tuple[Any, Any, Any]) -> None:
 
 def test_the_reward_scores_episodes(shown: dict[str, Any], parts: tuple[Any, Any, Any]) -> None:
     policy, environment, _ = parts
-    rollout = Collector(environment, decisions=10, auto_reset=False).collect(policy, torch.Generator().manual_seed(0))
+    rollout = Collector([environment], decisions=10, seed=0, device=torch.device("cpu"), auto_reset=False).collect(policy)
     scores = shown["Brevity"](shown["Brevity"].Config(limit=20))(rollout)
     rows = zip(rollout.episodes.success_M.tolist(), rollout.episodes.lengths_M.tolist(), strict=True)
     assert scores.tolist() == pytest.approx([max(0.0, 1 - length / 20) if success else 0.0 for success, length in rows])

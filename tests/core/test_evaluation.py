@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmrl.errors import MMRLError
 from mmrl.evaluation import EvaluationResult, evaluate
+from mmrl.numerics.draws import Draws
 from mmrl.progress import Quiet
 from mmrl.types import ActionSpec, Decision, Observation, Step
 
@@ -89,11 +90,11 @@ class Deterministic:
     def __init__(self, noise: float = 0.0) -> None:
         self.noise = noise
 
-    def act(self, observation: Observation, generator: torch.Generator, *, explore: bool) -> Decision:
+    def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
         assert not explore and not torch.is_grad_enabled()
         state = observation.state
         assert state is not None
-        first_B = state[:, 0] % 7 + state[:, 1] + self.noise * torch.rand(len(state), generator=generator)
+        first_B = state[:, 0] % 7 + state[:, 1] + self.noise * draws.uniform()
         nothing = torch.zeros(len(state), 0)
         return Decision(torch.stack([first_B, first_B + 0.5], 1)[..., None], {}, nothing, nothing > 0, None)
 
@@ -105,8 +106,8 @@ def pay(task: int) -> float:
 
 def play(environment: Any, episodes: int, *, noise: float = 0.0, **options: Any) -> EvaluationResult:
     policy: Any = Deterministic(noise)
-    generator = torch.Generator().manual_seed(4)
-    return evaluate(policy, environment, episodes=episodes, first_task=FIRST, generator=generator, progress=Quiet(), **options)
+    cpu = torch.device("cpu")
+    return evaluate(policy, environment, episodes=episodes, first_task=FIRST, seed=4, device=cpu, progress=Quiet(), **options)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

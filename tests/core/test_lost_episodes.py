@@ -14,6 +14,7 @@ from mmrl.data.demonstrations import record
 from mmrl.errors import TrainingError
 from mmrl.evaluation import EvaluationResult, evaluate
 from mmrl.numerics.advantages import gae
+from mmrl.numerics.draws import Draws
 from mmrl.progress import Quiet
 from mmrl.rollout import Collector
 from mmrl.types import Decision, Observation, Rollout, ShapeError, Step
@@ -50,7 +51,7 @@ class Losing(ScriptedEnvironment):
 
 def collect(environment: Losing, **options: Any) -> Rollout:
     policy: Any = ScriptedPolicy()
-    return Collector(environment, **options).collect(policy, torch.Generator(), policy.value)
+    return Collector([environment], seed=0, device=torch.device("cpu"), **options).collect(policy, policy.value)
 
 
 def advantages(rollout: Rollout) -> Tensor:
@@ -118,11 +119,11 @@ def test_demonstrations_leave_lost_episodes_out() -> None:
 
 def play(environment: Losing, episodes: int) -> EvaluationResult:
     class Still(ScriptedPolicy):
-        def act(self, observation: Observation, generator: torch.Generator, *, explore: bool) -> Decision:
-            return super().act(observation, generator, explore=True)
+        def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
+            return super().act(observation, draws, explore=True)
 
     policy: Any = Still()
-    return evaluate(policy, environment, episodes=episodes, first_task=0, generator=torch.Generator(), progress=Quiet())
+    return evaluate(policy, environment, episodes=episodes, first_task=0, seed=0, device=torch.device("cpu"), progress=Quiet())
 
 
 def test_evaluation_plays_lost_episodes_again() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmrl.numerics.advantages import gae
+from mmrl.numerics.draws import Draws
 from mmrl.rollout import Collector, episode_metrics
 from mmrl.types import ActionSpec, Decision, Observation, Step
 
@@ -100,7 +101,7 @@ class ScriptedPolicy:
     def __init__(self, bias: list[float] | None = None) -> None:
         self.bias, self.asked = bias, 0
 
-    def act(self, observation: Observation, generator: torch.Generator, *, explore: bool) -> Decision:
+    def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
         assert explore and not torch.is_grad_enabled()
         b = observation.batch_size
         action = torch.zeros(b, CHUNK, 1, dtype=torch.float64)
@@ -113,7 +114,7 @@ class ScriptedPolicy:
     def _values(self, state_BS: Tensor) -> Tensor:
         return torch.tensor([value_of(*row) for row in state_BS.tolist()], dtype=torch.float64)
 
-    def value(self, observation: Observation, generator: torch.Generator) -> Tensor:
+    def value(self, observation: Observation, draws: Draws) -> Tensor:
         self.asked += observation.batch_size
         assert observation.state is not None
         return self._values(observation.state)
@@ -129,8 +130,8 @@ def untyped(policy: ScriptedPolicy) -> Any:
 
 
 def collect(environment: ScriptedEnvironment, policy: Any, *, value: bool = True, **options: Any) -> tuple[Any, Collector]:
-    collector = Collector(environment, **options)
-    return collector.collect(policy, torch.Generator(), policy.value if value else None), collector
+    collector = Collector([environment], seed=0, device=torch.device("cpu"), **options)
+    return collector.collect(policy, policy.value if value else None), collector
 
 
 def test_auto_reset_worked_by_hand() -> None:
@@ -159,7 +160,7 @@ def test_auto_reset_worked_by_hand() -> None:
     assert rollout.mask_TBK[:, :, 1].tolist() == [[False, False], [True, True], [False, False], [True, True]]
     # The last decision restarts nothing, and the next rollout begins with tasks that nobody has played.
     assert [where for _, where in environment.resets] == [[True, True], [True, True]]
-    again = collector.collect(untyped(policy), torch.Generator(), policy.value)
+    again = collector.collect(untyped(policy), policy.value)
     assert again.task_ids_TB[0].tolist() == [4, 5]
 
 
@@ -186,7 +187,7 @@ def test_whole_episodes_worked_by_hand() -> None:
     assert episodes.metrics["clock"].tolist() == [6, 6, 3, 3]
     assert rollout.decisions == 10 and rollout.env_steps == 18
     assert len(environment.resets) == 1
-    again = collector.collect(untyped(ScriptedPolicy()), torch.Generator())
+    again = collector.collect(untyped(ScriptedPolicy()))
     assert again.task_ids_TB[0].tolist() == [2, 2, 3, 3]
 
 
@@ -216,7 +217,7 @@ def test_means_over_episodes() -> None:
 @pytest.mark.parametrize(("group_size", "auto_reset"), [(2, True), (3, False)])
 def test_groups_that_cannot_be_are_refused(group_size: int, auto_reset: bool) -> None:
     with pytest.raises(ValueError, match="group"):
-        Collector(ScriptedEnvironment(SCRIPTS, 4), decisions=2, group_size=group_size, auto_reset=auto_reset)
+        collect(ScriptedEnvironment(SCRIPTS, 4), ScriptedPolicy(), decisions=2, group_size=group_size, auto_reset=auto_reset)
 
 
 def naive_advantages(environment: ScriptedEnvironment, gamma: float, lam: float) -> dict[tuple[int, int, int], float]:

@@ -59,7 +59,7 @@ def test_it_keeps_every_promise_that_it_names() -> None:
 
 def test_gaussian_scores_are_those_of_torch_distributions() -> None:
     policy = build(action_dim=3, log_std=-0.4)
-    decision = policy.act(observation(states(6)), seeded(1), explore=True)
+    decision = policy.act(observation(states(6)), tiny.draws(1, 6), explore=True)
     scored = policy.evaluate(decision.trace)
     actions: Any = policy.actions
     normal = torch.distributions.Normal(network(policy.trunk, actions.mean, states(6)), actions.log_std.double().exp())
@@ -72,7 +72,7 @@ def test_gaussian_scores_are_those_of_torch_distributions() -> None:
 def test_categorical_scores_are_those_of_torch_distributions() -> None:
     """Two components of 4 and 2 choices: the logits of choices that do not exist count for nothing."""
     policy = build(choices=(4, 2))
-    decision = policy.act(observation(states(50)), seeded(1), explore=True)
+    decision = policy.act(observation(states(50)), tiny.draws(1, 50), explore=True)
     scored = policy.evaluate(decision.trace)
     logits = network(policy.trunk, policy.actions.logits, states(50))
     parts = [torch.distributions.Categorical(logits=part) for part in (logits[:, :4], logits[:, 4:6])]
@@ -86,7 +86,7 @@ def test_categorical_scores_are_those_of_torch_distributions() -> None:
 @pytest.mark.parametrize("fields", [{"action_dim": 2}, {"choices": (4, 2)}], ids=["gaussian", "categorical"])
 def test_log_probs_and_entropies_have_the_gradients_of_torch_distributions(fields: dict[str, Any]) -> None:
     policy = build(**fields)
-    trace = policy.act(observation(states(7)), seeded(2), explore=True).trace
+    trace = policy.act(observation(states(7)), tiny.draws(2, 7), explore=True).trace
     scored = policy.evaluate(trace)
     ours = torch.autograd.grad(scored.log_probs_NK.sum() + 0.3 * scored.entropy_NK.sum(), policy.trainable()["actor"])
     output = policy.actions(policy.trunk(trace["state"]))
@@ -106,7 +106,7 @@ def test_log_probs_and_entropies_have_the_gradients_of_torch_distributions(field
 def test_choices_are_drawn_as_often_as_they_are_likely() -> None:
     policy, n = build(choices=(4, 2)), 20_000
     one = states(1)
-    drawn = policy.act(observation(one.expand(n, S)), seeded(3), explore=True).action_BCA[:, 0].long()
+    drawn = policy.act(observation(one.expand(n, S)), tiny.draws(3, n), explore=True).action_BCA[:, 0].long()
     logits = network(policy.trunk, policy.actions.logits, one)[0]
     for component, part in enumerate((logits[:4], logits[4:6])):
         share = drawn[:, component].bincount(minlength=len(part)).double() / n
@@ -115,7 +115,7 @@ def test_choices_are_drawn_as_often_as_they_are_likely() -> None:
 
 def test_gaussian_actions_spread_as_they_say_and_are_not_clipped() -> None:
     policy = build(action_dim=2, log_std=0.8)
-    drawn = policy.act(observation(states(1).expand(20_000, S)), seeded(3), explore=True).action_BCA[:, 0]
+    drawn = policy.act(observation(states(1).expand(20_000, S)), tiny.draws(3, 20_000), explore=True).action_BCA[:, 0]
     actions: Any = policy.actions
     torch.testing.assert_close(drawn.mean(0), actions.mean(policy.trunk(states(1)))[0], rtol=0, atol=0.06)
     torch.testing.assert_close(drawn.std(0), actions.log_std.exp(), rtol=0.03, atol=0)
@@ -126,9 +126,9 @@ def test_without_exploration_it_takes_the_likeliest_action() -> None:
     categorical = build(choices=(4, 2))
     logits = network(categorical.trunk, categorical.actions.logits, states(30))
     best = torch.stack([logits[:, :4].argmax(1), logits[:, 4:6].argmax(1)], 1)
-    assert torch.equal(categorical.act(observation(states(30)), seeded(), explore=False).action_BCA[:, 0].long(), best)
+    assert torch.equal(categorical.act(observation(states(30)), tiny.draws(0, 30), explore=False).action_BCA[:, 0].long(), best)
     gaussian = build(action_dim=2)
-    mean = gaussian.act(observation(states(30)), seeded(), explore=False).action_BCA[:, 0]
+    mean = gaussian.act(observation(states(30)), tiny.draws(0, 30), explore=False).action_BCA[:, 0]
     torch.testing.assert_close(mean.double(), network(gaussian.trunk, gaussian.actions.mean, states(30)))
 
 
@@ -167,7 +167,7 @@ def test_another_seed_gives_other_weights_and_the_global_generator_stays() -> No
 @pytest.mark.parametrize(("critic", "touched"), [("separate", False), ("shared", True)])
 def test_only_a_shared_critic_moves_the_actor(critic: str, touched: bool) -> None:
     policy = build(choices=(2,), critic=critic)
-    trace = policy.act(observation(states(5)), seeded(), explore=True).trace
+    trace = policy.act(observation(states(5)), tiny.draws(0, 5), explore=True).trace
     values = policy.evaluate(trace).values_N
     assert values is not None
     values.sum().backward()
@@ -180,7 +180,7 @@ def test_a_policy_without_critic_says_so() -> None:
     policy = build(choices=(2,), critic=None)
     assert not policy.has_critic and set(policy.trainable()) == {"actor"}
     with pytest.raises(MMRLError, match=r"policy\.critic is null"):
-        policy.value(observation(states(2)), seeded())
+        policy.value(observation(states(2)), tiny.draws(0, 2))
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_normalised_states_are_what_the_network_sees_cut_at_ten_deviations() -> 
     seen: list[Tensor] = []
     policy.trunk.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     state = torch.tensor([[100.0, 107.0, 93.0, 1000.0]])
-    policy.act(observation(state), seeded(), explore=True)
+    policy.act(observation(state), tiny.draws(0, len(state)), explore=True)
     torch.testing.assert_close(seen[0], torch.tensor([[0.0, 1.0, -1.0, 10.0]]), rtol=0.05, atol=0.05)
     assert float(seen[0][0, 3]) == 10.0
 
@@ -230,7 +230,7 @@ def test_statistics_come_from_examples_once_and_travel_with_the_weights() -> Non
     torch.testing.assert_close(policy.moments.mean_S, states(30).double().mean(0))
     twin.load_state_dict(policy.state_dict())
     assert not twin.needs_statistics()
-    ours, theirs = (p.act(observation(states(5)), seeded(), explore=True).log_probs_BK for p in (policy, twin))
+    ours, theirs = (p.act(observation(states(5)), tiny.draws(0, 5), explore=True).log_probs_BK for p in (policy, twin))
     assert torch.equal(ours, theirs)
 
 
@@ -240,7 +240,7 @@ def test_statistics_come_from_examples_once_and_travel_with_the_weights() -> Non
 @pytest.mark.parametrize("fields", [{"action_dim": 2}, {"choices": (4, 2)}], ids=["gaussian", "categorical"])
 def test_the_supervised_loss_is_the_mean_surprise_over_real_first_actions(fields: dict[str, Any]) -> None:
     policy = build(**fields)
-    decision = policy.act(observation(states(6)), seeded(5), explore=True)
+    decision = policy.act(observation(states(6)), tiny.draws(5, 6), explore=True)
     mask_BH = torch.tensor([[1, 1], [1, 0], [0, 0], [1, 1], [0, 0], [1, 1]]).bool()
     later = torch.full((6, 1, 2), 1.0)
     examples = Examples(observation(states(6)), torch.cat([decision.action_BCA, later], 1), mask_BH)
@@ -262,7 +262,7 @@ def test_imitation_learns_a_rule() -> None:
         optimizer.zero_grad()
         policy.supervised_loss(examples, seeded()).value.backward()
         optimizer.step()
-    chosen = policy.act(observation(seen), seeded(), explore=False).action_BCA[:, 0, 0].long()
+    chosen = policy.act(observation(seen), tiny.draws(0, len(seen)), explore=False).action_BCA[:, 0, 0].long()
     assert float((chosen == right).float().mean()) > 0.95
 
 
@@ -276,7 +276,7 @@ def test_a_saved_policy_loads_from_its_folder(tmp_path: Path) -> None:
     loaded = build(
         stirred=False, action_dim=2, normalize=True, hidden=(8,), checkpoint=str(tmp_path / "policy"), seed=7, log_std=-1
     )
-    ours, theirs = (p.act(observation(states(5)), seeded(2), explore=True) for p in (policy, loaded))
+    ours, theirs = (p.act(observation(states(5)), tiny.draws(2, 5), explore=True) for p in (policy, loaded))
     assert torch.equal(ours.action_BCA, theirs.action_BCA) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
     assert ours.values_B is not None and torch.equal(ours.values_B, theirs.values_B)
 
@@ -312,10 +312,10 @@ def test_fields_that_do_not_fit_are_refused(fields: dict[str, Any], sentence: st
 def test_observations_that_do_not_fit_end_in_a_sentence() -> None:
     policy = build(choices=(2,))
     with pytest.raises(MMRLError, match=r"policy\.state_dim is 4, but the environment's state has 3 numbers"):
-        policy.act(observation(torch.zeros(2, 3)), seeded(), explore=True)
+        policy.act(observation(torch.zeros(2, 3)), tiny.draws(0, 2), explore=True)
     images = Observation({"front": torch.zeros(2, 8, 8, 3, dtype=torch.uint8)}, None, ("", ""))
     with pytest.raises(MMRLError, match="needs a state"):
-        policy.act(images, seeded(), explore=True)
+        policy.act(images, tiny.draws(0, 2), explore=True)
 
 
 def test_fingerprints_tell_architectures_apart_and_not_starts() -> None:

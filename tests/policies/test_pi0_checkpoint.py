@@ -23,7 +23,7 @@ from tests.policies import tiny
 
 
 def decide(policy: Pi0, *, explore: bool) -> Decision:
-    return policy.act(tiny.observation(5), tiny.generator(1), explore=explore)
+    return policy.act(tiny.observation(5), tiny.draws(1), explore=explore)
 
 
 def reopened(folder: Path, **fields: Any) -> Pi0:
@@ -286,7 +286,7 @@ def altered(**fields: Any) -> Observation:
 def test_observations_that_do_not_fit_are_refused(architecture: str, fields: dict[str, Any], sentence: str) -> None:
     policy = tiny.build(architecture)
     with pytest.raises(MMRLError) as caught:
-        policy.act(altered(**fields), tiny.generator(), explore=False)
+        policy.act(altered(**fields), tiny.draws(), explore=False)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -294,7 +294,7 @@ def test_observations_that_do_not_fit_are_refused(architecture: str, fields: dic
 def test_a_state_wider_than_the_network_takes_is_refused(tmp_path: Path) -> None:
     policy = tiny.build(tiny.write_architecture(tmp_path, statistics=False))
     with pytest.raises(MMRLError, match=r"state has 6 numbers, but .* takes at most 5"):
-        policy.act(altered(state=torch.zeros(5, 6)), tiny.generator(), explore=False)
+        policy.act(altered(state=torch.zeros(5, 6)), tiny.draws(), explore=False)
 
 
 def test_examples_without_a_state_are_refused(architecture: str) -> None:
@@ -308,7 +308,7 @@ def test_a_policy_without_critic_says_so(architecture: str) -> None:
     policy = tiny.build(architecture, critic=None)
     assert not policy.has_critic
     with pytest.raises(MMRLError, match=r"policy\.critic is null"):
-        policy.value(tiny.observation(5), tiny.generator())
+        policy.value(tiny.observation(5), tiny.draws())
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ SAMPLERS = ("flow_sde", "flow_noise", "cps")
 
 def act_and_score(policy: Pi0, seed: int = 1) -> tuple[Decision, Evaluation]:
     """A decision, and the same one scored as an update does it: with gradients."""
-    decision = policy.act(tiny.observation(5), tiny.generator(seed), explore=True)
+    decision = policy.act(tiny.observation(5), tiny.draws(seed), explore=True)
     with policy.compute_mode(train=True):
         scored = policy.evaluate(decision.trace)
     assert scored.log_probs_NK.requires_grad
@@ -179,7 +179,7 @@ def test_log_probs_are_those_of_a_loop_over_samples_and_steps(
         granularity=granularity,
         step_reduction=step_reduction,
     )
-    decision = policy.act(tiny.observation(5), tiny.generator(3), explore=True)
+    decision = policy.act(tiny.observation(5), tiny.draws(3), explore=True)
     densities = naive_densities(policy, decision)
     expected = naive_units(policy, densities, decision.trace["prior"])
     torch.testing.assert_close(decision.log_probs_BK, expected, rtol=1e-4, atol=1e-4)
@@ -187,7 +187,7 @@ def test_log_probs_are_those_of_a_loop_over_samples_and_steps(
 
 def test_steps_as_units_are_summed_over_the_chunk_alone(architecture: str) -> None:
     policy = tiny.build(architecture, dtype="float64", stochastic_steps="all", granularity="step", train_last_step=False)
-    decision = policy.act(tiny.observation(5), tiny.generator(3), explore=True)
+    decision = policy.act(tiny.observation(5), tiny.draws(3), explore=True)
     with torch.no_grad():
         expected = naive_units(policy, naive_densities(policy, decision), decision.trace["prior"])
     assert decision.log_probs_BK.shape == (5, 3)
@@ -199,7 +199,7 @@ def test_steps_as_units_are_summed_over_the_chunk_alone(architecture: str) -> No
 
 def chosen(architecture: str, **fields: Any) -> Tensor:
     policy = built(architecture, denoising_steps=5, **fields)
-    return policy._sampler.choose(5000, tiny.generator(0), tiny.CPU)
+    return policy._sampler.choose(tiny.draws(0, 5000))
 
 
 @pytest.mark.parametrize(
@@ -234,8 +234,8 @@ def test_all_steps_are_all_that_have_noise(architecture: str, fields: dict[str, 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_exploration_moves_the_action_and_its_absence_does_not(architecture: str, sampler: str) -> None:
     policy = built(architecture, sampler=sampler, stochastic_steps="all")
-    decision = policy.act(tiny.observation(5), tiny.generator(3), explore=True)
-    still = policy.act(tiny.observation(5), tiny.generator(3), explore=False)
+    decision = policy.act(tiny.observation(5), tiny.draws(3), explore=True)
+    still = policy.act(tiny.observation(5), tiny.draws(3), explore=False)
     assert (decision.action_BCA - still.action_BCA).abs().mean() > 1e-3
     assert still.trace == {} and still.values_B is None
 
@@ -294,7 +294,7 @@ CriticInputs = tuple[Literal["prefix", "state_token", "suffix"], ...]
 
 
 def values_of(policy: Pi0, seed: int) -> Tensor:
-    values = policy.act(tiny.observation(5), tiny.generator(seed), explore=True).values_B
+    values = policy.act(tiny.observation(5), tiny.draws(seed), explore=True).values_B
     assert values is not None
     return values
 
@@ -304,7 +304,7 @@ def values_of(policy: Pi0, seed: int) -> Tensor:
 def test_values_do_not_depend_on_the_noise(architecture: str, inputs: CriticInputs, stochastic_steps: str) -> None:
     policy = built(architecture, critic=CriticConfig(inputs=inputs, hidden=(16,)), stochastic_steps=stochastic_steps)
     first, second = values_of(policy, 1), values_of(policy, 2)
-    bootstrap = policy.value(tiny.observation(5), tiny.generator(3))
+    bootstrap = policy.value(tiny.observation(5), tiny.draws(3))
     torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(bootstrap, first, rtol=1e-5, atol=1e-6)
     assert first.std() > 1e-3, "the same value for every observation would pass"
@@ -313,7 +313,7 @@ def test_values_do_not_depend_on_the_noise(architecture: str, inputs: CriticInpu
 def test_values_of_the_action_tokens_are_those_of_the_trained_steps(architecture: str) -> None:
     policy = built(architecture, critic=CriticConfig(inputs=("suffix",)))
     assert (values_of(policy, 1) - values_of(policy, 2)).abs().max() > 1e-4
-    assert torch.equal(policy.value(tiny.observation(5), tiny.generator(1)), values_of(policy, 1))
+    assert torch.equal(policy.value(tiny.observation(5), tiny.draws(1)), values_of(policy, 1))
 
 
 def test_a_fresh_critic_says_zero(architecture: str) -> None:

@@ -28,13 +28,13 @@ def imitation(policy: Pi0) -> Tensor:
 
 
 def likelihood(policy: Pi0) -> Tensor:
-    decision = policy.act(tiny.observation(5), tiny.generator(1), explore=True)
+    decision = policy.act(tiny.observation(5), tiny.draws(1), explore=True)
     with policy.compute_mode(train=True):
         return policy.evaluate(decision.trace).log_probs_NK.sum()
 
 
 def value(policy: Pi0) -> Tensor:
-    decision = policy.act(tiny.observation(5), tiny.generator(1), explore=True)
+    decision = policy.act(tiny.observation(5), tiny.draws(1), explore=True)
     with policy.compute_mode(train=True):
         values = policy.evaluate(decision.trace).values_N
     assert values is not None
@@ -189,7 +189,7 @@ def counted(policy: Pi0) -> Iterator[list[int]]:
 def test_acting_encodes_the_prefix_once_for_all_steps(architecture: str, train: str, explore: bool) -> None:
     policy = tiny.build(architecture, train=train, denoising_steps=5)
     with counted(policy) as passes:
-        policy.act(tiny.observation(5), tiny.generator(), explore=explore)
+        policy.act(tiny.observation(5), tiny.draws(), explore=explore)
     assert passes == [5]
 
 
@@ -201,7 +201,7 @@ def test_scoring_encodes_the_prefix_only_where_it_must(
     architecture: str, train: str, cache_prefix: bool, expected: list[int]
 ) -> None:
     policy = tiny.build(architecture, train=train, cache_prefix=cache_prefix, stochastic_steps="all", denoising_steps=5)
-    decision = policy.act(tiny.observation(5), tiny.generator(), explore=True)
+    decision = policy.act(tiny.observation(5), tiny.draws(), explore=True)
     with counted(policy) as passes:
         policy.evaluate(decision.trace)
     assert passes == expected
@@ -232,7 +232,7 @@ def test_both_traces_lead_to_the_same_gradient(architecture: str) -> None:
 def test_a_reference_is_frozen_and_stays_as_it_was(architecture: str, train: str) -> None:
     policy = tiny.build(architecture, train=train)
     reference = policy.reference()
-    decision = policy.act(tiny.observation(5), tiny.generator(), explore=True)
+    decision = policy.act(tiny.observation(5), tiny.draws(), explore=True)
     assert not any(p.requires_grad for p in reference.parameters())
     assert any(p.requires_grad for p in policy.parameters())
     before = reference.evaluate(decision.trace).log_probs_NK

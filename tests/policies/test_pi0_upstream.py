@@ -65,7 +65,7 @@ def test_acting_without_exploration_is_upstream_s_sample_actions(architecture: s
     assert policy.statistics is not None
     mean, std = (torch.tensor(x, dtype=torch.float64) for x in (policy.statistics.actions_mean, policy.statistics.actions_std))
     expected = chunk[:, : tiny.EXECUTE, : tiny.ACTION] * std + mean
-    decision = policy.act(seen, tiny.generator(4), explore=False)
+    decision = policy.act(seen, tiny.draws(4), explore=False)
     torch.testing.assert_close(decision.action_BCA, expected, rtol=1e-4, atol=1e-4)  # rounding grows over the chain
 
 
@@ -155,6 +155,6 @@ def test_cameras_are_told_apart(architecture: str) -> None:
     seen = tiny.observation(5)
     front, wrist = tiny.CAMERAS
     swapped = Observation({front: seen.images[wrist], wrist: seen.images[front]}, seen.state, seen.instructions)
-    plain, crossed = (policy.act(o, tiny.generator(), explore=False).action_BCA for o in (seen, swapped))
+    plain, crossed = (policy.act(o, tiny.draws(), explore=False).action_BCA for o in (seen, swapped))
     assert (plain - crossed).abs().max() > 1e-4
-    assert torch.equal(other.act(swapped, tiny.generator(), explore=False).action_BCA, plain)
+    assert torch.equal(other.act(swapped, tiny.draws(), explore=False).action_BCA, plain)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PI0Config, PreTrainedTokenizerFast
 
+from mmrl.numerics.draws import Draws
 from mmrl.types import Examples, Observation
 from policies.pi0 import Pi0
 from policies.pi0_parts.weights import Statistics
@@ -92,6 +93,11 @@ def stir(module: nn.Module, seed: int = 3, size: float = 0.2) -> Any:
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draws(seed: int = 0, rows: int = 5) -> Draws:
+    """Random numbers for acting: those of row b do not depend on ``rows``."""
+    return Draws.of(seed, torch.arange(rows))
 
 
 @functools.cache

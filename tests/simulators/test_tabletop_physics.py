@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mmrl.numerics.hashing import mix
 from simulators.tabletop import Tabletop
-from simulators.tabletop_parts.hashing import mix, normal, uniform
+from simulators.tabletop_parts.hashing import normal, uniform
 
 OPEN, CLOSE = -1.0, 1.0
 
