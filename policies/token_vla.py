@@ -329,7 +329,7 @@ class TokenVLA(nn.Module):
 
     def _allowed(self, count: int) -> Tensor:
         """Which tokens each of the first ``count`` numbers of a chunk may be: bool [K, V]."""
-        return self._fitted(self.action_bins).allowed_AV.repeat(count // self.action_dim, 1)
+        return self._fitted(self.action_bins).allowed_AV.repeat(-(-count // self.action_dim), 1)[:count]
 
     # -- scoring again -------------------------------------------------------------------------------------------------
 
