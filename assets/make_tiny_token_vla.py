@@ -2,8 +2,9 @@
 
     python assets/make_tiny_token_vla.py [FOLDER]
 
-FOLDER/tiny_paligemma_architecture and FOLDER/tiny_qwen_architecture. The classes are transformers' own (PaliGemma and Qwen2.5-VL);
-only the numbers are small. The tokenizers know whole words, those of the tabletop, and end in the 256 entries that actions use.
+FOLDER/tiny_paligemma_architecture and FOLDER/tiny_qwen_architecture. The classes are transformers' own (PaliGemma and
+Qwen2.5-VL); only the numbers are small. The tokenizers know whole words, those of the tabletop, and end in the 256 entries that
+actions use.
 ``configs/tabletop/ppo_token_vla.yaml`` trains one from random weights.
 """
 
@@ -40,7 +41,9 @@ QWEN_TOKENS = (
 )
 
 
-def build_tokenizer(special: tuple[str, ...], *, words: list[str], bins: int, pad: str, bos: str | None) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    special: tuple[str, ...], *, words: list[str], bins: int, pad: str, bos: str | None
+) -> PreTrainedTokenizerFast:
     """Special tokens, newline, words, and last the bins (the lowest one at the very end)."""
     entries = [*special, "\n", *sorted(set(words)), *(f"<bin_{b}>" for b in reversed(range(bins)))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(entries)}, unk_token="<unk>"))

@@ -1,18 +1,20 @@
 """Action tokens on a vision-language model: a policy that says its actions in words of its vocabulary, as OpenVLA does.
 
 A chunk of H actions is H x A tokens, one for each number, drawn one after the other from the bins of that dimension (see
-``policies.token_vla_parts.bins``; OpenVLA, Kim et al. 2024). RL on such policies: SimpleVLA-RL (Li et al. 2025), RLinf-VLA (Zang et
-al. 2025). Any model of transformers' AutoModelForImageTextToText will do; images and prompt are encoded once per decision.
+``policies.token_vla_parts.bins``; OpenVLA, Kim et al. 2024). RL on such policies: SimpleVLA-RL (Li et al. 2025), RLinf-VLA (Zang
+et al. 2025). Any model of transformers' AutoModelForImageTextToText will do; images and prompt are encoded once per decision.
 
 Departures from OpenVLA:
 - Everything - drawing, log-probabilities, entropy, imitation loss - is about the distribution over the action tokens alone, which
   is what acts. OpenVLA's loss and greedy decoding are over the whole vocabulary.
 - Dimensions that take one or two values in the data have one or two tokens; one value costs no probability and is never trained.
-- The prompt is wrapped in the model's chat template, where it has one; it may carry the robot's state, in the same bins and tokens.
+- The prompt is wrapped in the model's chat template, where it has one, and may end in the robot's state, in the same bins and
+  tokens.
 - Images are resized and normalised as the model's own processor does it, without OpenVLA's crops.
 
-The log-probabilities of a decision come from one pass over its tokens after they were drawn, over the same cache. That pass is what
-``evaluate`` repeats, so that at unchanged weights the numbers are equal bit for bit; a chain of single-token passes rounds otherwise.
+The log-probabilities of a decision come from one pass over its tokens after they were drawn, over the same cache. That pass is
+what ``evaluate`` repeats, so that at unchanged weights the numbers are equal bit for bit; a chain of single-token passes rounds
+otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -76,8 +78,8 @@ class TokenVLA(nn.Module):
         bins: int = Field(default=256, ge=2)
         """Tokens for each dimension (V): the last entries of the vocabulary, the lowest bin at the very end."""
         vocabulary_end: Literal["tokenizer", "head"] = "tokenizer"
-        """Where the vocabulary ends: with the tokenizer's own entries (as in OpenVLA; added ones do not count), or with the head's
-        rows, which often number more than any tokenizer uses."""
+        """Where the vocabulary ends: with the tokenizer's own entries (as in OpenVLA; added ones do not count), or with the rows of
+        the head, of which there are often more."""
         granularity: Literal["token", "action", "chunk"] = "token"
         """Units of the log-probability: each token, each executed action, or the whole chunk."""
         state: Literal["none", "bins"] = "none"
@@ -139,14 +141,20 @@ class TokenVLA(nn.Module):
     def _build_backbone(self) -> Backbone:
         config, head = self.config, self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
-            raise MMRLError(f"policy.lora.modules = {config.lora.modules!r} adapts the output head, which cannot be; leave it out")
+            raise MMRLError(
+                f"policy.lora.modules = {config.lora.modules!r} adapts the output head, which cannot be; leave it out"
+            )
         end = self._tokenizer.vocab_size if config.vocabulary_end == "tokenizer" else head.out_features
         if not config.bins < end <= head.out_features:
-            raise MMRLError(f"policy.bins = {config.bins} does not fit into the {end} entries of {config.checkpoint}'s vocabulary")
+            raise MMRLError(
+                f"policy.bins = {config.bins} does not fit into the {end} entries of {config.checkpoint}'s vocabulary"
+            )
         taken = {self.model.config.image_token_id, *self._tokenizer.all_special_ids} & set(range(end - config.bins, end))
         if taken:
             where = "head" if config.vocabulary_end == "tokenizer" else "tokenizer"
-            raise MMRLError(f"the last {config.bins} tokens of the vocabulary include special ones; try policy.vocabulary_end: {where}")
+            raise MMRLError(
+                f"the last {config.bins} tokens of the vocabulary include special ones; try policy.vocabulary_end: {where}"
+            )
         family = FAMILIES.get(self.model.config.model_type, ProcessorEyes)
         eyes = family(
             self.model,
@@ -184,8 +192,9 @@ class TokenVLA(nn.Module):
         if len(known.actions_q01) < self.action_dim:
             most = len(known.actions_q01)
             raise MMRLError(f"policy.action_dim = {self.action_dim}, but the statistics are of actions with {most} dimensions")
-        low, high, choices = (x[: self.action_dim] for x in (known.actions_q01, known.actions_q99, known.actions_choices))
-        self.action_bins = Bins(low, high, choices, self.config.bins).to(self.device)
+        a = self.action_dim
+        bins = Bins(known.actions_q01[:a], known.actions_q99[:a], known.actions_choices[:a], self.config.bins)
+        self.action_bins = bins.to(self.device)
         if self.config.state == "bins":
             if known.state_q01 is None or known.state_q99 is None:
                 raise MMRLError("policy.state is 'bins', but the statistics know no states; use 'none', or compute them again")
@@ -228,7 +237,7 @@ class TokenVLA(nn.Module):
         return self
 
     def save(self, folder: Path) -> None:
-        """A folder that ``checkpoint`` opens: transformers' format (adapters merged), tokenizer, processor, statistics, critic."""
+        """A folder that ``checkpoint`` opens: transformers' format (adapters merged), tokenizer, processor, statistics, heads."""
         model = merged(self.model) if self.config.train == "lora" else self.model
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
@@ -268,7 +277,7 @@ class TokenVLA(nn.Module):
     # -- observation to tokens -----------------------------------------------------------------------------------------
 
     def _inputs(self, observation: Observation) -> dict[str, Tensor]:
-        """Everything the network reads of an observation: images, and the prompt's token ids, padded on the left."""
+        """Everything the network reads of an observation: images, and the prompt's token ids."""
         missing = [camera for camera in self.config.cameras if camera not in observation.images]
         if missing:
             raise MMRLError(f"policy.cameras names {missing[0]!r}, but the environment shows {sorted(observation.images)}")
@@ -289,7 +298,9 @@ class TokenVLA(nn.Module):
 
     def _fitted(self, bins: Bins | None) -> Bins:
         if bins is None:
-            raise MMRLError(f"{self.config.checkpoint} has no statistics: fit_statistics must see data first (an sft stage does it)")
+            raise MMRLError(
+                f"{self.config.checkpoint} has no statistics: fit_statistics must see data first (an sft stage does it)"
+            )
         return bins
 
     # -- acting --------------------------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ from policies.token_vla_parts.eyes import PADDING, Eyes
 
 @dataclass
 class Prompt:
-    """The encoded prompt of B rows, P tokens long, padded on the left.
+    """The encoded prompt of B rows, P tokens long; some of them are padding, wherever they stand.
 
-    last: float [B, W], the hidden state of the last token. cache: transformers', which grows with every ``Backbone.extend``.
-    mask: int64 [B, P], 0 on padding. positions: int64 [..., B, K], those of the K tokens that may follow.
+    last: float [B, W], the hidden state of the last token that is none. cache: transformers', which grows with every
+    ``Backbone.extend``. mask: int64 [B, P], 0 on padding. positions: int64 [..., B, K], those of the K tokens that may follow.
     """
 
     last: Tensor
@@ -35,7 +35,7 @@ class Prompt:
 
 
 class Backbone:
-    """The passes of ``model``, and its head over the ``bins`` action tokens: the last entries of the vocabulary before ``end``."""
+    """The passes of ``model``, and its head over the ``bins`` action tokens: the last of the vocabulary, which ends at ``end``."""
 
     def __init__(self, model: Any, eyes: Eyes, *, bins: int, end: int, most_tokens: int) -> None:
         self.model, self.eyes = model, eyes
@@ -69,7 +69,9 @@ class Backbone:
             **self.eyes.token_types(prompt_BP),
         )
         follow_BK = mask_BP.sum(1, keepdim=True) + torch.arange(self.most_tokens, device=mask_BP.device)
-        return Prompt(output.last_hidden_state[:, -1], output.past_key_values, mask_BP, template[..., follow_BK])
+        last_B = (mask_BP * torch.arange(mask_BP.shape[1], device=mask_BP.device)).argmax(1)
+        last_BW = output.last_hidden_state[torch.arange(len(last_B), device=last_B.device), last_B]
+        return Prompt(last_BW, output.past_key_values, mask_BP, template[..., follow_BK])
 
     def extend(self, prompt: Prompt, bins_BJ: Tensor, start: int) -> Tensor:
         """One pass over J more action tokens, of which ``start`` came before; they join the cache. Hidden states [B, J, W]."""

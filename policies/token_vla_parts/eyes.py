@@ -3,8 +3,8 @@
 Images become what the model's own image processor makes of them, but in torch, for the whole batch, on its device. Each family of
 models that this is written for has a class here; any other goes through its own ``AutoProcessor``, row by row on the CPU.
 
-The prompt is the model's own: its chat template where it has one, with the images before the text. So the tokens before the text are
-the same in every prompt, which ``policies.token_vla_parts.backbone`` relies on.
+The prompt is the model's own: its chat template where it has one, with the images before the text. So the tokens before the text
+are the same in every prompt, which ``policies.token_vla_parts.backbone`` relies on.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class Eyes:
             raise MMRLError(f"policy.checkpoint = {checkpoint}: has no image processor ({first_line(error)})") from error
 
     def read(self, images: Mapping[str, Tensor], sentences: Sequence[str]) -> dict[str, Tensor]:
-        """``image_CAMERA`` uint8 [B, h, w, 3] as they are, and ``prompt``: int64 [B, P], padded on the left with PADDING."""
+        """``image_CAMERA`` uint8 [B, h, w, 3] as they are, and ``prompt``: int64 [B, P], padded with PADDING."""
         counts = tuple(self.tokens_of(*image.shape[1:3]) for image in images.values())
         rows = [self._ids(sentence, counts) for sentence in sentences]
         device = next(iter(images.values())).device
         return {
             **{f"image_{camera}": image for camera, image in images.items()},
-            "prompt": pad_left(rows, sum(counts) + self.max_text_tokens, device),
+            "prompt": padded(rows, sum(counts) + self.max_text_tokens, device),
         }
 
     def see(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,7 +93,9 @@ class Eyes:
             text = self._text(self.prompt.format(instruction=sentence))
             plain: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
             if plain.count(self.image_id) != len(counts):
-                raise MMRLError(f"the model's prompt shows {plain.count(self.image_id)} images, but there are {len(counts)} cameras")
+                raise MMRLError(
+                    f"the model's prompt shows {plain.count(self.image_id)} images, but there are {len(counts)} cameras"
+                )
             most, found = self.max_text_tokens, len(plain) - len(counts)
             if found > most:
                 raise MMRLError(f"policy.max_text_tokens = {most}, but the prompt of {sentence!r} has {found} tokens; raise it")
@@ -106,7 +108,9 @@ class Eyes:
         if self.tokenizer.chat_template is None:
             return self.image_token * len(self.cameras) + request
         return str(
-            self.tokenizer.apply_chat_template(conversation(len(self.cameras), request), tokenize=False, add_generation_prompt=True)
+            self.tokenizer.apply_chat_template(
+                conversation(len(self.cameras), request), tokenize=False, add_generation_prompt=True
+            )
         )
 
 
@@ -180,7 +184,7 @@ class ProcessorEyes(Eyes):
         device = next(iter(images.values())).device
         return {
             **{f"vision_{name}": torch.stack([row[name] for row in rows]).to(device) for name in rows[0]},
-            "prompt": pad_left(texts, texts[0].count(self.image_id) + most, device),
+            "prompt": padded(texts, texts[0].count(self.image_id) + most, device),
         }
 
     def see(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -209,14 +213,22 @@ def conversation(images: int, request: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": request}]}]
 
 
-def pad_left(rows: Sequence[Sequence[int]], length: int, device: torch.device) -> Tensor:
-    """int64 [B, length], PADDING before each row, so that all rows end together."""
-    return torch.tensor([[PADDING] * (length - len(row)) + list(row) for row in rows], device=device)
+def padded(rows: Sequence[Sequence[int]], length: int, device: torch.device) -> Tensor:
+    """int64 [B, length], PADDING behind each row.
+
+    Not before it, where a causal model's padding would see nothing at all, which is NaN in some implementations of attention.
+    """
+    return torch.tensor([[*row, *[PADDING] * (length - len(row))] for row in rows], device=device)
 
 
 def resize(image_BHWC: Tensor, height: int, width: int, how: str) -> Tensor:
-    """uint8 [B, h, w, 3] -> float32 [B, 3, height, width], whole numbers from 0 to 255, antialiased as PIL and torchvision do."""
+    """uint8 [B, h, w, 3] -> float32 [B, 3, height, width], whole numbers from 0 to 255.
+
+    As PIL and torchvision resize bytes: antialiased, rows before columns, rounded and cut after each. They compute in fixed
+    point, so that single pixels may differ by one.
+    """
     pixels = image_BHWC.permute(0, 3, 1, 2).float()
-    if pixels.shape[-2:] == (height, width):
-        return pixels
-    return F.interpolate(pixels, (height, width), mode=how, align_corners=False, antialias=True).round().clamp(0, 255)
+    for size in ((pixels.shape[2], width), (height, width)):
+        if pixels.shape[2:] != size:
+            pixels = F.interpolate(pixels, size, mode=how, align_corners=False, antialias=True).round().clamp(0, 255)
+    return pixels

@@ -1,7 +1,7 @@
 """Token VLAs so small that a test can afford them, on both backbones; their shapes are chosen so that every slice matters.
 
-Fewer actions are executed (2) than predicted (3), there are two cameras, sentences differ in length, and of the four dimensions of
-an action one has two values and one never varies.
+Fewer actions are executed (2) than predicted (3), there are two cameras, sentences differ in length, and of the four dimensions
+of an action one has two values and one never varies.
 """
 
 from __future__ import annotations
