@@ -78,8 +78,8 @@ class TokenVLA(nn.Module):
         bins: int = Field(default=256, ge=2)
         """Tokens for each dimension (V): the last entries of the vocabulary, the lowest bin at the very end."""
         vocabulary_end: Literal["tokenizer", "head"] = "tokenizer"
-        """Where the vocabulary ends: with the tokenizer's own entries (as in OpenVLA; added ones do not count), or with the rows of
-        the head, of which there are often more."""
+        """Where the vocabulary ends: with the tokenizer's entries (as in OpenVLA; added ones do not count), or with the head's
+        rows, of which there are often more."""
         granularity: Literal["token", "action", "chunk"] = "token"
         """Units of the log-probability: each token, each executed action, or the whole chunk."""
         state: Literal["none", "bins"] = "none"

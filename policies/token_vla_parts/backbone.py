@@ -35,7 +35,7 @@ class Prompt:
 
 
 class Backbone:
-    """The passes of ``model``, and its head over the ``bins`` action tokens: the last of the vocabulary, which ends at ``end``."""
+    """The passes of ``model``, and its head over the ``bins`` action tokens: the last ones before ``end``."""
 
     def __init__(self, model: Any, eyes: Eyes, *, bins: int, end: int, most_tokens: int) -> None:
         self.model, self.eyes = model, eyes

@@ -1,9 +1,9 @@
 """Actions as tokens: bins between quantiles of the data, as OpenVLA has them (Kim et al. 2024, ``ActionTokenizer``).
 
 OpenVLA's convention, kept: V = 256 edges are spread evenly over [-1, 1], so that there are 255 bins between them. x, the action
-scaled so that its 1 % and 99 % quantiles are -1 and 1 and cut there, belongs to bin b where edge b <= x < edge b + 1. Its token is
-entry (end of the vocabulary) - 1 - b, so that bins descend from the last entry, and it is decoded as the bin's centre. x = 1 has a
-token of its own (b = 255), which means the same as b = 254.
+scaled so that its 1 % and 99 % quantiles are -1 and 1 and cut there, belongs to bin b where edge b <= x < edge b + 1. Its token
+is entry (end of the vocabulary) - 1 - b, so that bins descend from the last entry, and it is decoded as the bin's centre. x = 1
+has a token of its own (b = 255), which means the same as b = 254.
 
 Departure: a dimension that took only one or two values in the data, such as a gripper's, is not divided into bins. Two values are
 the first and the last token, which mean exactly these; one value is the middle token. Every other token is ruled out there.
