@@ -86,12 +86,16 @@ class Backbone:
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., W] -> logits of the action tokens in the order of their bins, [..., V], float32 or better."""
+        """Hidden states [..., W] -> logits of the action tokens in the order of their bins, [..., V].
+
+        In float32 or better, also within autocast: in bfloat16 probabilities have two or three digits.
+        """
         head = self.model.get_output_embeddings()
         rows = slice(self.end - self.bins, self.end)
-        bias = None if head.bias is None else head.bias[rows].flip(0)
-        logits = F.linear(hidden, head.weight[rows].flip(0), bias)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = torch.promote_types(head.weight.dtype, torch.float32)
+        bias = None if head.bias is None else head.bias[rows].flip(0).to(wide)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(wide), head.weight[rows].flip(0).to(wide), bias)
 
     def _positions(self, prompt_BP: Tensor, mask_BP: Tensor, images: Mapping[str, Tensor]) -> Tensor:
         """Positions in the language model of a row's tokens, counted from its first: int64 [P + K] or, with axes, [3, P + K].
