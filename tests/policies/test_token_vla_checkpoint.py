@@ -131,7 +131,11 @@ def test_the_vocabulary_may_end_with_the_tokenizer_or_with_the_head(tmp_path: Pa
     (folder / "config.json").write_text(json.dumps(raw))
     for end, last in (("tokenizer", entries), ("head", entries + 40)):
         policy = tiny_vla.build(str(folder), vocabulary_end=end)
-        assert policy._backbone.ids(torch.tensor([0, 1, tiny_vla.BINS - 1])).tolist() == [last - 1, last - 2, last - tiny_vla.BINS]
+        assert policy._backbone.ids(torch.tensor([0, 1, tiny_vla.BINS - 1])).tolist() == [
+            last - 1,
+            last - 2,
+            last - tiny_vla.BINS,
+        ]
         decision = decide(policy)
         assert torch.equal(policy.evaluate(decision.trace).log_probs_NK, decision.log_probs_BK)
 

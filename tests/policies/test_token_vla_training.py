@@ -188,9 +188,7 @@ def test_ppo_makes_what_is_rewarded_likelier(folder: str, granularity: str) -> N
         wins.append(float(reward_N.mean()))
         values.append(float(decision.values_B.mean()))
         advantages_N = reward_N - reward_N.mean()
-        batch = Batch(
-            decision.trace, decision.log_probs_BK, decision.mask_BK, advantages_N, reward_N, decision.values_B.clone()
-        )
+        batch = Batch(decision.trace, decision.log_probs_BK, decision.mask_BK, advantages_N, reward_N, decision.values_B.clone())
         for _ in range(2):
             units = int(batch.mask_NK.sum())
             loss = algorithm.loss(policy, batch, LossContext(units=units, samples=rows, iteration=iteration, advantage_std=0.5))
