@@ -419,7 +419,7 @@ class TokenVLA(nn.Module):
 
     def example_observation(self, batch_size: int) -> Observation:
         generator = torch.Generator().manual_seed(batch_size)
-        size = getattr(self.model.config.vision_config, "image_size", None) or 56
+        size = getattr(getattr(self.model.config, "vision_config", None), "image_size", None) or 56
         images = {
             camera: torch.randint(0, 256, (batch_size, size, size, 3), generator=generator, dtype=torch.uint8)
             for camera in self.config.cameras

@@ -9,6 +9,7 @@ are the same in every prompt, which ``policies.token_vla_parts.backbone`` relies
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ _FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 PADDING = -1  # in place of a token id, so that it cannot be mistaken for one
 
 
-class Eyes:
+class Eyes(ABC):
     """One family. ``read`` makes what a decision's trace keeps, ``see`` turns it into arguments of the model's ``forward``."""
 
     first_position: ClassVar[int] = 0  # of a token in the language model, where positions are simply counted
@@ -45,17 +46,47 @@ class Eyes:
         self.image_token = str(tokenizer.convert_ids_to_tokens(self.image_id))
         self.max_text_tokens = max_text_tokens
         self.processor = self._load(checkpoint)
-        self._seen: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+
+    @abstractmethod
+    def _load(self, checkpoint: str) -> Any:
+        """The checkpoint's processor, which is saved with the policy."""
+
+    @abstractmethod
+    def read(self, images: Mapping[str, Tensor], sentences: Sequence[str]) -> dict[str, Tensor]:
+        """``prompt`` int64 [B, P], padded with PADDING, and what ``see`` needs of the images, each entry [B, ...]."""
+
+    @abstractmethod
+    def see(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Arguments that carry the images of B rows; where a row has several, they follow one another."""
+
+    def token_types(self, prompt_BP: Tensor) -> dict[str, Tensor]:
+        """The argument that tells kinds of tokens apart, where ``forward`` takes one."""
+        return {}
+
+    def save(self, folder: Any) -> None:
+        self.processor.save_pretrained(folder)
+
+
+class TorchEyes(Eyes):
+    """Images prepared in torch, with the numbers of the checkpoint's image processor; the trace keeps them as they came."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._seen: dict[tuple[str, tuple[int, ...]], list[int]] = {}  # the same few hundred sentences come back all the time
 
     def _load(self, checkpoint: str) -> Any:
-        """The checkpoint's image processor, whose numbers say how images are prepared; it is not called."""
+        """The image processor, whose numbers are read; it is not called."""
         try:
             return AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
         except (OSError, ValueError, ImportError) as error:
             raise MMRLError(f"policy.checkpoint = {checkpoint}: has no image processor ({first_line(error)})") from error
 
+    @abstractmethod
+    def tokens_of(self, height: int, width: int) -> int:
+        """How many tokens an image of this size becomes."""
+
     def read(self, images: Mapping[str, Tensor], sentences: Sequence[str]) -> dict[str, Tensor]:
-        """``image_CAMERA`` uint8 [B, h, w, 3] as they are, and ``prompt``: int64 [B, P], padded with PADDING."""
+        """``image_CAMERA`` uint8 [B, h, w, 3] as they are, and ``prompt``."""
         counts = tuple(self.tokens_of(*image.shape[1:3]) for image in images.values())
         rows = [self._ids(sentence, counts) for sentence in sentences]
         device = next(iter(images.values())).device
@@ -63,21 +94,6 @@ class Eyes:
             **{f"image_{camera}": image for camera, image in images.items()},
             "prompt": padded(rows, sum(counts) + self.max_text_tokens, device),
         }
-
-    def see(self, trace: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Arguments that carry the images of B rows; where a row has several, they follow one another."""
-        raise TypeError(f"{type(self).__name__} has not said how it sees")
-
-    def token_types(self, prompt_BP: Tensor) -> dict[str, Tensor]:
-        """The argument that tells kinds of tokens apart, where ``forward`` takes one."""
-        return {}
-
-    def tokens_of(self, height: int, width: int) -> int:
-        """How many tokens an image of this size becomes."""
-        raise TypeError(f"{type(self).__name__} has not said how many tokens an image is")
-
-    def save(self, folder: Any) -> None:
-        self.processor.save_pretrained(folder)
 
     def _pixels(self, image_BHWC: Tensor, height: int, width: int) -> Tensor:
         """uint8 [B, h, w, 3] -> float32 [B, 3, height, width], resized and normalised with the processor's numbers."""
@@ -90,7 +106,7 @@ class Eyes:
         """The prompt of a sentence, every image token repeated as often as the image has tokens."""
         ids = self._seen.get((sentence, counts))
         if ids is None:
-            text = self._text(self.prompt.format(instruction=sentence))
+            text = self._text(self.prompt.replace("{instruction}", sentence))
             plain: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
             if plain.count(self.image_id) != len(counts):
                 raise MMRLError(
@@ -114,7 +130,7 @@ class Eyes:
         )
 
 
-class PaliGemmaEyes(Eyes):
+class PaliGemmaEyes(TorchEyes):
     """Images of one fixed size; positions from 1; the whole prompt, which ends in a newline, attends to itself both ways."""
 
     first_position = 1
@@ -134,7 +150,7 @@ class PaliGemmaEyes(Eyes):
         return f"{self.image_token * len(self.cameras)}{self.tokenizer.bos_token}{request}\n"
 
 
-class QwenEyes(Eyes):
+class QwenEyes(TorchEyes):
     """Images of any size in patches, which are merged into tokens; Qwen2-VL and Qwen2.5-VL."""
 
     def tokens_of(self, height: int, width: int) -> int:
@@ -195,7 +211,7 @@ class ProcessorEyes(Eyes):
         return {name: (prompt_BP == self.image_id).long() for name in names}
 
     def _process(self, images: list[Tensor], sentence: str) -> dict[str, Tensor]:
-        request = self.prompt.format(instruction=sentence)
+        request = self.prompt.replace("{instruction}", sentence)
         text = self.image_token * len(images) + request
         if self.processor.chat_template is not None:
             text = self.processor.apply_chat_template(conversation(len(images), request), add_generation_prompt=True)
