@@ -39,16 +39,17 @@ from policies.pi0_parts.sampling import Sampler
 from policies.pi0_parts.weights import Statistics, load_model, load_statistics, model_groups
 from policies.shared.adapters import add_adapters, merged
 from policies.shared.checkpoints import load_heads, load_tokenizer, save_heads
-from policies.shared.heads import CriticHead
+from policies.shared.heads import TIME_FEATURES, CriticHead, time_features
 
 _NOISE_LEVEL_SAMPLERS = ("flow_sde", "cps")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
-# What a critic may look at, from the prefix [pooled: B, W] and the expert's output [B, 1 + H, W'] (state token first).
-_CRITIC_FEATURES: dict[str, Callable[[Prefix, Tensor], Tensor]] = {
-    "prefix": lambda prefix, hidden: prefix.pooled,
-    "state_token": lambda prefix, hidden: hidden[:, 0],
-    "suffix": lambda prefix, hidden: hidden[:, 1:].mean(1),
+# What a critic may look at, from the prefix [pooled: B, W], the expert's output [B, 1 + H, W] (state token first) and the inputs.
+_CRITIC_FEATURES: dict[str, Callable[[Prefix, Tensor, Mapping[str, Tensor]], Tensor]] = {
+    "prefix": lambda prefix, hidden, inputs: prefix.pooled,
+    "state_token": lambda prefix, hidden, inputs: hidden[:, 0],
+    "suffix": lambda prefix, hidden, inputs: hidden[:, 1:].mean(1),
+    "time": lambda prefix, hidden, inputs: time_features(inputs["elapsed"]).to(hidden.dtype),
 }
 
 
@@ -185,7 +186,7 @@ class Pi0(nn.Module):
     def _build_heads(self) -> None:
         arch = self._arch
         width = arch.dit_config.hidden_size
-        sizes = {"prefix": arch.vlm_config.text_config.hidden_size, "state_token": width, "suffix": width}
+        sizes = {"prefix": arch.vlm_config.text_config.hidden_size, "state_token": width, "suffix": width, "time": TIME_FEATURES}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed + 1)
             critic = self.config.critic
@@ -324,7 +325,8 @@ class Pi0(nn.Module):
             )
         images = {f"image_{camera}": observation.images[camera].to(self.device) for camera in self.config.cameras}
         ids = self._tokenizer(observation.instructions, self.device)
-        return {**images, "token_ids": ids, "state": nn.functional.pad(state, (0, width - state.shape[1]))}
+        inputs = {**images, "token_ids": ids, "state": nn.functional.pad(state, (0, width - state.shape[1]))}
+        return inputs if observation.elapsed_B is None else {**inputs, "elapsed": observation.elapsed_B.to(self.device)}
 
     def _encode(self, inputs: Mapping[str, Tensor]) -> Prefix:
         size = self._arch.vlm_config.vision_config.image_size
@@ -343,9 +345,12 @@ class Pi0(nn.Module):
         velocity = self.model.action_out_proj(hidden[:, -self.horizon :])
         return velocity.to(x_BHD.dtype), hidden
 
-    def _value(self, prefix: Prefix, hidden: Tensor) -> Tensor:
+    def _value(self, prefix: Prefix, hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """``inputs``: of ``_inputs``, or a trace."""
         assert self.critic is not None and self.config.critic is not None
-        features = torch.cat([_CRITIC_FEATURES[name](prefix, hidden) for name in self.config.critic.inputs], -1)
+        if "time" in self.config.critic.inputs and "elapsed" not in inputs:
+            raise MMRLError("policy.critic.inputs has 'time', but the observation does not say how many decisions were made")
+        features = torch.cat([_CRITIC_FEATURES[name](prefix, hidden, inputs) for name in self.config.critic.inputs], -1)
         return self.critic(features.detach() if self.config.critic.detach else features)
 
     def _learned_std(self, hidden: Tensor) -> Tensor | None:
@@ -380,11 +385,12 @@ class Pi0(nn.Module):
                 before[rows, columns], after[rows, columns] = x[rows], x_next[rows]
                 log_density[rows, columns] = sampler.score(x_next, mean, std)[rows]
                 if self.critic is not None:
-                    values[rows, columns] = self._value(prefix, hidden)[rows].to(values.dtype)
+                    values[rows, columns] = self._value(prefix, hidden, inputs)[rows].to(values.dtype)
             x = x_next
         log_probs = sampler.units(log_density, prior)
-        trace = {"state": inputs["state"], "x_before": before, "x_after": after, "prior": prior, "step": chosen_BJ}
-        kept = prefix.trace() if self._keeps_prefix else {k: v for k, v in inputs.items() if k != "state"}
+        trace = {"x_before": before, "x_after": after, "prior": prior, "step": chosen_BJ}
+        encoded = prefix.trace() if self._keeps_prefix else {}
+        kept = {k: v for k, v in inputs.items() if k in ("state", "elapsed") or not encoded} | encoded
         return Decision(
             action_BCA=self._actions(x),
             trace={**trace, **kept} if explore else {},
@@ -415,7 +421,7 @@ class Pi0(nn.Module):
             densities.append(self._sampler.score(trace["x_after"][:, j], mean, std))
             entropies.append(flow.gaussian_entropy(std[:, : self.execute, : self.action_dim]))
             if self.critic is not None:
-                values.append(self._value(prefix, hidden))
+                values.append(self._value(prefix, hidden, trace))
         log_probs = self._sampler.units(torch.stack(densities, 1), trace["prior"])
         # Per dimension: the mean over steps, actions and dimensions; constant (no gradient) but for flow_noise.
         entropy = torch.stack(entropies, 1).mean((1, 2, 3)).unsqueeze(1).expand_as(log_probs)
@@ -436,7 +442,7 @@ class Pi0(nn.Module):
             batch = inputs["state"].shape[0]
             x = inputs["state"].new_zeros(batch, self.horizon, self._padded_dim)
             _, hidden = self._expert(prefix, inputs["state"], x, x.new_ones(batch))
-            return self._value(prefix, hidden)
+            return self._value(prefix, hidden, inputs)
 
     def reference(self) -> Pi0:
         twin = copy.deepcopy(self)
@@ -484,4 +490,5 @@ class Pi0(nn.Module):
         width = len(self.statistics.state_mean) if self.statistics else self._arch.max_state_dim
         words = sorted(word for word in self._hf_tokenizer.get_vocab() if word.isalpha())[:8] or ["move"]
         sentences = tuple(" ".join(words[: 1 + i % len(words)]) for i in range(batch_size))
-        return Observation(images, torch.rand(batch_size, width, generator=generator), sentences)
+        elapsed_B = torch.arange(batch_size) % 7
+        return Observation(images, torch.rand(batch_size, width, generator=generator), sentences, elapsed_B)

@@ -39,7 +39,7 @@ from mmrl.numerics.tokens import token_entropy, token_log_probs
 from mmrl.types import Decision, Evaluation, Examples, Observation, Rollout
 from policies.shared.adapters import add_adapters, merged
 from policies.shared.checkpoints import STATISTICS_FILE, load_heads, load_tokenizer, save_heads
-from policies.shared.heads import CriticHead
+from policies.shared.heads import TIME_FEATURES, CriticHead, time_features
 from policies.token_vla_parts.backbone import Backbone, Prompt, load_model, model_groups
 from policies.token_vla_parts.bins import Bins, Statistics, load_statistics, only_value
 from policies.token_vla_parts.eyes import FAMILIES, ProcessorEyes
@@ -170,7 +170,8 @@ class TokenVLA(nn.Module):
         critic = self.config.critic
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed + 1)
-            self.critic = None if critic is None else CriticHead(self._backbone.width, critic.hidden)
+            features = self._backbone.width + (TIME_FEATURES if critic is not None and critic.time else 0)
+            self.critic = None if critic is None else CriticHead(features, critic.hidden)
         if self.config.weights == "pretrained":
             load_heads(self._heads(), self.config.checkpoint)
         if self.critic is not None:
@@ -182,7 +183,8 @@ class TokenVLA(nn.Module):
 
     def _critic_words(self) -> str:
         assert self.config.critic is not None
-        return f"{self.config.critic.input} through {'x'.join(map(str, self.config.critic.hidden))}"
+        time = "+time" if self.config.critic.time else ""
+        return f"{self.config.critic.input}{time} through {'x'.join(map(str, self.config.critic.hidden))}"
 
     def _make_bins(self) -> None:
         """The bins that the statistics say, on the policy's device; none before there are statistics."""
@@ -285,6 +287,8 @@ class TokenVLA(nn.Module):
         inputs = self._backbone.eyes.read(images, observation.instructions)
         if self.config.state == "bins":
             inputs["prompt"] = torch.cat([inputs["prompt"], self._state_ids(observation)], 1)
+        if self.config.critic is not None and self.config.critic.time and observation.elapsed_B is not None:
+            inputs["elapsed"] = observation.elapsed_B.to(self.device)
         return inputs
 
     def _state_ids(self, observation: Observation) -> Tensor:
@@ -314,7 +318,7 @@ class TokenVLA(nn.Module):
             values_B = None
             if explore:
                 prompt.cache.crop(1 - bins_BK.shape[1])  # back to the prompt
-                log_probs_BK, _, values_B, _ = self._score(prompt, bins_BK)
+                log_probs_BK, _, values_B, _ = self._score(prompt, bins_BK, inputs)
         units_BK = self._units(log_probs_BK)
         return Decision(
             action_BCA=self._fitted(self.action_bins).decode(bins_BK.unflatten(1, (-1, self.action_dim))),
@@ -344,8 +348,8 @@ class TokenVLA(nn.Module):
 
     # -- scoring again -------------------------------------------------------------------------------------------------
 
-    def _score(self, prompt: Prompt, bins_NK: Tensor) -> _Scores:
-        """One pass over given tokens; the prompt must have been extended by none."""
+    def _score(self, prompt: Prompt, bins_NK: Tensor, inputs: Mapping[str, Tensor] | None) -> _Scores:
+        """One pass over given tokens; the prompt must have been extended by none. ``inputs`` (or a trace) is for the critic."""
         count = bins_NK.shape[1]
         fed = max(count - 1, 1) if self._sees_first_action else count - 1  # what follows the last token is never asked
         hidden_NKW = prompt.last[:, None]
@@ -355,7 +359,7 @@ class TokenVLA(nn.Module):
         return _Scores(
             token_log_probs(logits_NKV, bins_NK),
             token_entropy(logits_NKV),
-            None if self.critic is None else self._value(hidden_NKW[:, 1 if self._sees_first_action else 0]),
+            None if inputs is None else self._value(hidden_NKW[:, 1 if self._sees_first_action else 0], inputs),
             logits_NKV.argmax(-1) == bins_NK,
         )
 
@@ -363,9 +367,16 @@ class TokenVLA(nn.Module):
     def _sees_first_action(self) -> bool:
         return self.config.critic is not None and self.config.critic.input == "first_action"
 
-    def _value(self, hidden_NW: Tensor) -> Tensor:
-        assert self.critic is not None and self.config.critic is not None
-        return self.critic(hidden_NW.detach() if self.config.critic.detach else hidden_NW)
+    def _value(self, hidden_NW: Tensor, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        critic = self.config.critic
+        if self.critic is None or critic is None:
+            return None
+        features = hidden_NW.detach() if critic.detach else hidden_NW
+        if critic.time:
+            if "elapsed" not in inputs:
+                raise MMRLError("policy.critic.time is true, but the observation does not say how many decisions were made")
+            features = torch.cat([features, time_features(inputs["elapsed"]).to(features.dtype)], 1)
+        return self.critic(features)
 
     def _units(self, numbers_NK: Tensor) -> Tensor:
         """Numbers of tokens, summed over those of a unit: [N, K'] with K' = K (token), C (action) or 1 (chunk)."""
@@ -384,7 +395,7 @@ class TokenVLA(nn.Module):
 
     def evaluate(self, trace: Mapping[str, Tensor]) -> Evaluation:
         """The entropy of an action or chunk is the sum over its tokens, each given those before it: unbiased for its own."""
-        scores = self._score(self._backbone.encode(trace), trace["bins"])
+        scores = self._score(self._backbone.encode(trace), trace["bins"], trace)
         return Evaluation(self._units(scores.log_probs_NK), self._units(scores.entropy_NK), scores.values_N)
 
     @torch.no_grad()
@@ -392,11 +403,15 @@ class TokenVLA(nn.Module):
         if self.critic is None:
             raise MMRLError("the policy has no critic (policy.critic is null)")
         with self.compute_mode(train=False):
-            prompt = self._backbone.encode(self._inputs(observation))
-            if not self._sees_first_action:
-                return self._value(prompt.last)
-            first_B1, _ = self._generate(prompt, 1, draws)
-            return self._value(self._backbone.extend(prompt, first_B1, 0)[:, 0])
+            inputs = self._inputs(observation)
+            prompt = self._backbone.encode(inputs)
+            hidden_BW = prompt.last
+            if self._sees_first_action:
+                first_B1, _ = self._generate(prompt, 1, draws)
+                hidden_BW = self._backbone.extend(prompt, first_B1, 0)[:, 0]
+            values_B = self._value(hidden_BW, inputs)
+        assert values_B is not None
+        return values_B
 
     def reference(self) -> TokenVLA:
         return copy.deepcopy(self).requires_grad_(False)
@@ -409,7 +424,7 @@ class TokenVLA(nn.Module):
         self._check_actions(examples)
         actions_BHA = examples.actions_BHA[:, : self.horizon, : self.action_dim].to(self.device)
         bins_BK = bins.encode(actions_BHA).flatten(1)
-        scores = self._score(self._backbone.encode(self._inputs(examples.observation)), bins_BK)
+        scores = self._score(self._backbone.encode(self._inputs(examples.observation)), bins_BK, None)
         real_BH = examples.mask_BH[:, : self.horizon].to(self.device)
         weight_BK = (real_BH[..., None] & bins.varies_A).flatten(1).to(scores.log_probs_NK.dtype)
         total = weight_BK.sum().clamp(min=1)
@@ -428,4 +443,4 @@ class TokenVLA(nn.Module):
         state = None if state_low is None else torch.rand(batch_size, len(state_low), generator=generator)
         words = sorted(word for word in self._tokenizer.get_vocab() if word.isalpha())[:8] or ["move"]
         sentences = tuple(" ".join(words[: 1 + i % len(words)]) for i in range(batch_size))
-        return Observation(images, state, sentences)
+        return Observation(images, state, sentences, torch.arange(batch_size) % 7)

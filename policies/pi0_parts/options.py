@@ -14,8 +14,9 @@ STRICT = ConfigDict(extra="forbid")
 class CriticConfig:
     """The value head."""
 
-    inputs: tuple[Literal["prefix", "state_token", "suffix"], ...] = ("state_token",)
-    """Concatenated features: mean of the prefix, the expert's state token, mean of its action tokens at the trained steps."""
+    inputs: tuple[Literal["prefix", "state_token", "suffix", "time"], ...] = ("state_token",)
+    """Concatenated features: mean of the prefix, the expert's state token, mean of its action tokens at the trained steps, and
+    how many decisions were made. Where a time limit ends episodes for good, what is left to gain depends on the time."""
     hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""
     detach: bool = True

@@ -29,6 +29,15 @@ def last_layer(net: nn.Sequential) -> nn.Linear:
     return last
 
 
+TIME_FEATURES = 8
+
+
+def time_features(elapsed_B: Tensor) -> Tensor:
+    """Sine and cosine of the number of decisions at periods from 6 to 400 decisions: float32 [B, 8]."""
+    angle_B4 = elapsed_B[:, None] * torch.tensor([1.0, 1 / 4, 1 / 16, 1 / 64], device=elapsed_B.device)
+    return torch.cat([angle_B4.sin(), angle_B4.cos()], 1)
+
+
 class CriticHead(nn.Module):
     """Layer-normalised features [B, F] -> value [B]. The last layer starts at zero, so the first value estimate is 0."""
 

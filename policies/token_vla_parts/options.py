@@ -16,6 +16,8 @@ class CriticConfig:
 
     input: Literal["prompt", "first_action"] = "prompt"
     """Whose hidden state it reads: the prompt's last token, or the first action token, whose value depends on what was drawn."""
+    time: bool = False
+    """Whether it also reads how many decisions were made: where a time limit ends episodes for good, value depends on that."""
     hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""
     detach: bool = True

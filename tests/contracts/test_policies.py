@@ -34,6 +34,7 @@ POLICIES: dict[str, Callable[[Mapping[str, str]], Any]] = {
     "pi0 flow_sde, all steps as units": lambda folders: tiny.build(folders["pi0"], stochastic_steps="all", granularity="step"),
     "pi0 flow_noise, actions as units": lambda folders: tiny.build(folders["pi0"], sampler="flow_noise", granularity="action"),
     "pi0 cps, re-encoded": lambda folders: tiny.build(folders["pi0"], sampler="cps", cache_prefix=False),
+    "pi0, a critic that knows the time": lambda folders: tiny.build(folders["pi0"], critic={"inputs": ["state_token", "time"]}),
     "pi0 lora": lambda folders: tiny.build(folders["pi0"], train="lora"),
     "pi0 all, without critic": lambda folders: tiny.build(folders["pi0"], train="all", critic=None),
     "mlp gaussian": lambda _: _mlp(action_dim=3, log_std=-0.7),
@@ -43,6 +44,9 @@ POLICIES: dict[str, Callable[[Mapping[str, str]], Any]] = {
     "paligemma, tokens": lambda folders: tiny_vla.build(folders["paligemma"], state="bins"),
     "paligemma, actions, critic after the first action": lambda folders: tiny_vla.build(
         folders["paligemma"], granularity="action", critic={"input": "first_action", "hidden": (8,), "detach": False}
+    ),
+    "paligemma, a critic that knows the time": lambda folders: tiny_vla.build(
+        folders["paligemma"], critic={"time": True, "hidden": (8,)}
     ),
     "paligemma lora, chunks": lambda folders: tiny_vla.build(folders["paligemma"], train="lora", granularity="chunk"),
     "qwen, tokens": lambda folders: tiny_vla.build(folders["qwen"], attention="sdpa"),

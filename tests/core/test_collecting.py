@@ -51,7 +51,7 @@ def config(tmp_path: Path) -> Path:
 def test_every_moment_is_recorded_and_nothing_after_the_end(chunk: int) -> None:
     environment: Any = NumberedEnvironment(5)
 
-    def act(observation: Observation) -> Tensor:
+    def act(observation: Observation, task_ids_B: Tensor, decision: int) -> Tensor:
         """The expert's actions of this and the next steps, which in these tasks are known."""
         first_B = environment.expert_action()
         ahead = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -40,13 +40,14 @@ class Moment:
 class ScriptedEnvironment:
     """Task i plays ``scripts[i % len(scripts)]``: the rewards of its actions, and whether its end is a truncation.
 
-    An action adds its value to the reward. It keeps a transcript, one list of moments a call of ``step``.
+    An action adds its value to the reward, and so does its slot's ``bias``. It keeps a transcript, a list of moments a ``step``.
     """
 
     scripts: list[tuple[list[float], bool]]
     num_envs: int
     max_steps: int = 100
     action_spec: ActionSpec = field(default_factory=lambda: ActionSpec(1, (-1.0,), (1.0,)))
+    bias: list[float] | None = None
     resets: list[tuple[list[int], list[bool]]] = field(default_factory=list)
     transcript: list[list[Moment]] = field(default_factory=list)
 
@@ -75,6 +76,7 @@ class ScriptedEnvironment:
             for action in range(CHUNK):
                 if self.clock[slot] < len(rewards):
                     rewards_BC[slot, action] = rewards[self.clock[slot]] + float(actions_BCA[slot, action, 0])
+                    rewards_BC[slot, action] += self.bias[slot] if self.bias else 0.0
                     valid_BC[slot, action] = True
                     total += float(rewards_BC[slot, action])
                     self.clock[slot] += 1
@@ -94,19 +96,14 @@ class ScriptedEnvironment:
 
 
 class ScriptedPolicy:
-    """Acts with ``bias`` per slot and always knows ``value_of``."""
+    """Does nothing and always knows ``value_of``."""
 
-    version = 3
-
-    def __init__(self, bias: list[float] | None = None) -> None:
-        self.bias, self.asked = bias, 0
+    version, asked = 3, 0
 
     def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
         assert explore and not torch.is_grad_enabled()
         b = observation.batch_size
         action = torch.zeros(b, CHUNK, 1, dtype=torch.float64)
-        if self.bias is not None:
-            action += torch.tensor(self.bias, dtype=torch.float64)[:, None, None]
         assert observation.state is not None
         state_BS = observation.state
         return Decision(action, {"state": state_BS}, -state_BS, state_BS > 0, self._values(state_BS), self.version)
@@ -172,10 +169,8 @@ def test_without_a_critic_nothing_is_bootstrapped() -> None:
 
 
 def test_whole_episodes_worked_by_hand() -> None:
-    environment = ScriptedEnvironment([SCRIPTS[2], SCRIPTS[0]], 4)
-    rollout, collector = collect(
-        environment, ScriptedPolicy([0.0, 1.0, 0.0, 1.0]), decisions=9, group_size=2, auto_reset=False, value=False
-    )
+    environment = ScriptedEnvironment([SCRIPTS[2], SCRIPTS[0]], 4, bias=[0.0, 1.0, 0.0, 1.0])
+    rollout, collector = collect(environment, ScriptedPolicy(), decisions=9, group_size=2, auto_reset=False, value=False)
     assert rollout.task_ids_TB.tolist() == [[0, 0, 1, 1]] * 3  # stops when all are done, and a group is one task
     assert rollout.valid_TB.tolist() == [[True] * 4, [True] * 4, [True, True, False, False]]
     assert rollout.rewards_TB.tolist() == [[4, 6, 3, 5], [4, 6, 3, 4], [4, 6, 0, 0]]  # no trap
@@ -220,6 +215,93 @@ def test_groups_that_cannot_be_are_refused(group_size: int, auto_reset: bool) ->
         collect(ScriptedEnvironment(SCRIPTS, 4), ScriptedPolicy(), decisions=2, group_size=group_size, auto_reset=auto_reset)
 
 
+class RandomPolicy(ScriptedPolicy):
+    """Its actions, and so the rewards, are random numbers."""
+
+    def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
+        decision = super().act(observation, draws, explore=explore)
+        return replace(decision, action_BCA=draws.normal(CHUNK, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("auto_reset", [True, False])
+def test_a_rollout_does_not_depend_on_how_its_slots_are_shared_out(auto_reset: bool) -> None:
+    """Six slots of one environment, or of three environments: the same decisions of the same tasks, bit for bit."""
+    rollouts = []
+    for sizes in ([6], [2, 2, 2], [4, 2]):
+        environments = [ScriptedEnvironment(SCRIPTS, size) for size in sizes]
+        policy = RandomPolicy()
+        options: Any = {"decisions": 5, "seed": 1, "device": torch.device("cpu"), "auto_reset": auto_reset}
+        rollouts.append(Collector(environments, **options).collect(untyped(policy), policy.value))
+    for other in rollouts[1:]:
+        valid_TB = rollouts[0].valid_TB
+        assert torch.equal(other.valid_TB, valid_TB)
+        for name in ("rewards_TB", "values_TB", "next_values_TB", "terminated_TB", "truncated_TB", "task_ids_TB"):
+            assert torch.equal(getattr(other, name)[valid_TB], getattr(rollouts[0], name)[valid_TB]), name
+        assert torch.equal(other.log_probs_TBK, rollouts[0].log_probs_TBK)
+        assert torch.equal(other.trace["state"], rollouts[0].trace["state"])
+        assert torch.equal(other.episodes.returns_M, rollouts[0].episodes.returns_M)
+        assert torch.equal(other.episodes.task_ids_M, rollouts[0].episodes.task_ids_M)
+        assert other.env_steps == rollouts[0].env_steps
+    if auto_reset:
+        assert len(rollouts[0].episodes.task_ids_M) > 6
+
+
+def test_parts_that_end_early_are_filled_up() -> None:
+    """The first environment's episodes take two decisions, the second's three."""
+    environments = [ScriptedEnvironment([SCRIPTS[0]], 2), ScriptedEnvironment([SCRIPTS[2]], 1)]
+    collector = Collector(environments, decisions=9, seed=0, device=torch.device("cpu"), auto_reset=False)
+    rollout = collector.collect(untyped(ScriptedPolicy()))
+    assert rollout.valid_TB.tolist() == [[True] * 3, [True] * 3, [False, False, True]]
+    assert rollout.rewards_TB.tolist() == [[3, 3, 4], [3, 3, 4], [0, 0, 4]]
+    assert [len(environment.transcript) for environment in environments] == [2, 3]
+
+
+def test_random_numbers_are_those_of_the_episode_and_its_decision() -> None:
+    """Every decision has numbers of its own, also within a group and in the next rollout."""
+    environment, policy = ScriptedEnvironment(SCRIPTS, 4), RandomPolicy()
+    collector = Collector([environment], decisions=2, seed=1, device=torch.device("cpu"), group_size=2, auto_reset=False)
+    rewards = torch.cat([collector.collect(untyped(policy)).rewards_TB for _ in range(2)])
+    assert len(rewards.flatten().unique()) == rewards.numel() == 16
+
+
+@pytest.mark.parametrize("auto_reset", [True, False])
+def test_policy_and_critic_are_told_how_many_decisions_were_made(auto_reset: bool) -> None:
+    """A decision is two actions of the script, so the clock in the state tells the same."""
+    told = []
+
+    class Listening(ScriptedPolicy):
+        def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
+            self._check(observation)
+            return super().act(observation, draws, explore=explore)
+
+        def value(self, observation: Observation, draws: Draws) -> Tensor:
+            self._check(observation)
+            return super().value(observation, draws)
+
+        def _check(self, observation: Observation) -> None:
+            assert observation.state is not None and observation.elapsed_B is not None
+            expected_B = (observation.state[:, 1] / CHUNK).ceil()
+            assert observation.elapsed_B.tolist() == expected_B.tolist()
+            told.extend(observation.elapsed_B.tolist())
+
+    collect(ScriptedEnvironment(SCRIPTS, 3), Listening(), decisions=5, auto_reset=auto_reset)
+    assert set(told) >= {0, 1, 2}
+
+
+def test_nobody_acts_for_slots_that_are_idle() -> None:
+    asked = []
+
+    class Counted(ScriptedPolicy):
+        def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
+            assert len(draws) == observation.batch_size
+            asked.append(observation.batch_size)
+            return super().act(observation, draws, explore=explore)
+
+    rollout, _ = collect(ScriptedEnvironment([SCRIPTS[0], SCRIPTS[2]], 4), Counted(), decisions=9, auto_reset=False)
+    assert asked == rollout.valid_TB.sum(1).tolist() == [4, 4, 2]
+    assert not rollout.mask_TBK[2, [0, 2]].any() and not rollout.trace["state"][2, [0, 2]].any()
+
+
 def naive_advantages(environment: ScriptedEnvironment, gamma: float, lam: float) -> dict[tuple[int, int, int], float]:
     """(slot, task, step before) -> advantage, from the environment's transcript: episode by episode, by the definition."""
     episodes: dict[tuple[int, int], list[Moment]] = {}
@@ -244,8 +326,8 @@ def test_advantages_over_a_rollout_equal_those_of_its_episodes(auto_reset: bool)
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 9, (23,), generator=generator).tolist()
     scripts = [(torch.randn(n, generator=generator).tolist(), n % 2 == 0) for n in lengths]
-    environment = ScriptedEnvironment(scripts, 5)
-    rollout, _ = collect(environment, ScriptedPolicy([0.1, -0.2, 0.3, 0.0, 1.0]), decisions=7, auto_reset=auto_reset)
+    environment = ScriptedEnvironment(scripts, 5, bias=[0.1, -0.2, 0.3, 0.0, 1.0])
+    rollout, _ = collect(environment, ScriptedPolicy(), decisions=7, auto_reset=auto_reset)
     advantages_TB, _ = gae(
         rollout.rewards_TB,
         rollout.values_TB,

@@ -33,8 +33,8 @@ GYMNASIUM: tuple[Row, ...] = (
     (
         "mlp: the deviation is its logarithm",
         "policies/mlp.py",
-        "return mean_BA + self.log_std.exp() * noise_BA",
-        "return mean_BA + self.log_std * noise_BA",
+        "return mean_BA + self.log_std.exp() * draws",
+        "return mean_BA + self.log_std * draws",
         f"{_MLP_TEST}::test_gaussian_actions_spread_as_they_say_and_are_not_clipped",
     ),
     (

@@ -176,4 +176,6 @@ _DATA = runpy.run_path(str(Path(__file__).with_name("data_sets.py")))["DATA"]
 DATA = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _DATA)
 
 ROBOTS = tuple(Mutation(name, *rest, tests=tuple(tests.split())) for name, *rest, tests in _ROBOTS["ROBOTS"])
-MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM, *TOKEN_VLA, *DATA, *ROBOTS)
+_TABLETOP = runpy.run_path(str(Path(__file__).with_name("tabletop_rows.py")))["TABLETOP"]
+TABLETOP = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _TABLETOP)
+MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM, *TOKEN_VLA, *DATA, *ROBOTS, *TABLETOP)

@@ -84,7 +84,7 @@ TOKEN_VLA: tuple[Row, ...] = (
         _POLICY,
         "prompt.cache.crop(1 - bins_BK.shape[1])",
         "pass",
-        f"{_UPSTREAM}::test_a_row_does_not_depend_on_padding_or_the_rows_beside_it",
+        "tests/contracts/test_policies.py::test_scoring_again_equals_the_rollout",
     ),
     (
         "padding is attended to",
@@ -98,13 +98,6 @@ TOKEN_VLA: tuple[Row, ...] = (
         f"{_PARTS}/backbone.py",
         "follow_BK = mask_BP.sum(1, keepdim=True) +",
         "follow_BK = mask_BP.shape[1] + 0 * mask_BP.sum(1, keepdim=True) +",
-        f"{_UPSTREAM}::test_log_probs_entropy_and_values_are_the_plain_model_s",
-    ),
-    (
-        "PaliGemma's positions start at 0",
-        f"{_PARTS}/eyes.py",
-        "first_position = 1",
-        "first_position = 0",
         f"{_UPSTREAM}::test_log_probs_entropy_and_values_are_the_plain_model_s",
     ),
     (
@@ -152,8 +145,8 @@ TOKEN_VLA: tuple[Row, ...] = (
     (
         "the critic's loss reaches the model",
         _POLICY,
-        "self.critic(hidden_NW.detach() if self.config.critic.detach else hidden_NW)",
-        "self.critic(hidden_NW)",
+        "features = hidden_NW.detach() if critic.detach else hidden_NW",
+        "features = hidden_NW",
         f"{_TRAINING}::test_a_detached_critic_s_loss_stops_at_the_head",
     ),
     (

@@ -59,7 +59,7 @@ def test_velocity_over_the_cached_prefix_is_upstream_s(architecture: str, attent
 def test_acting_without_exploration_is_upstream_s_sample_actions(architecture: str, steps: int) -> None:
     policy = tiny.build(architecture, dtype="float64", denoising_steps=steps)
     seen = tiny.observation(5)
-    noise = torch.randn(5, tiny.HORIZON, tiny.PADDED_ACTION, generator=tiny.generator(4), dtype=torch.float64)
+    noise = tiny.draws(4).normal(tiny.HORIZON, tiny.PADDED_ACTION, dtype=torch.float64)
     inputs: dict[str, Any] = {"noise": noise, **tiny.upstream_inputs(policy, seen)}
     chunk = policy.model.sample_actions(num_steps=steps, **inputs)
     assert policy.statistics is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,16 @@ def test_states_that_are_not_there_are_named(paligemma: str, tmp_path: Path) -> 
     (folder / STATISTICS_FILE).write_text(json.dumps({name: x for name, x in raw.items() if not name.startswith("state")}))
     with pytest.raises(MMRLError, match=r"policy\.state is 'bins', but the statistics know no states"):
         tiny_vla.build(str(folder), state="bins")
+
+
+def test_a_critic_that_reads_the_time_must_be_told_it(paligemma: str) -> None:
+    policy = tiny_vla.build(paligemma, critic=CriticConfig(time=True, hidden=(8,)))
+    seen = tiny_vla.observation(5)
+    with pytest.raises(MMRLError, match=r"policy\.critic\.time is true, but the observation does not say how many"):
+        policy.act(seen, tiny.draws(1), explore=True)
+    assert policy.act(seen, tiny.draws(1), explore=False).action_BCA.isfinite().all()
+    early, late = (policy.value(replace(seen, elapsed_B=torch.full((5,), t)), tiny.draws(1)) for t in (0, 9))
+    assert (early - late).abs().min() > 1e-4
 
 
 def test_cameras_and_sentences_that_do_not_fit_are_named(paligemma: str) -> None:
