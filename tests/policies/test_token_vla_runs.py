@@ -115,8 +115,10 @@ def test_a_resumed_run_ends_where_the_unbroken_one_ends(tmp_path: Path) -> None:
 def test_the_shipped_config_loads_and_builds() -> None:
     config = load(ROOT / "configs" / "tabletop" / "ppo_token_vla.yaml")
     for architecture in ("tiny_paligemma_architecture", "tiny_qwen_architecture"):
-        fields = {"checkpoint": str(ROOT / "assets" / architecture), "max_text_tokens": 32}
+        fields = {"checkpoint": str(ROOT / "assets" / architecture), "bins": 256}
         policy = config.policy.override(fields).build(device=torch.device("cpu"))
-        assert policy.needs_statistics() and policy.config.bins == 256
+        assert policy.needs_statistics()
+        environment = config.environment.build(num_envs=200, device=torch.device("cpu"))
+        assert len(policy._inputs(environment.reset(torch.arange(200)))["prompt"]) == 200, "no instruction is too long"
         words = policy._tokenizer(" ".join(vocabulary()), add_special_tokens=False)["input_ids"]
         assert policy._tokenizer.unk_token_id not in words
