@@ -119,6 +119,7 @@ def test_the_shipped_config_loads_and_builds() -> None:
         policy = config.policy.override(fields).build(device=torch.device("cpu"))
         assert policy.needs_statistics()
         environment = config.environment.build(num_envs=200, device=torch.device("cpu"))
-        assert len(policy._inputs(environment.reset(torch.arange(200)))["prompt"]) == 200, "no instruction is too long"
+        seen = environment.reset(torch.arange(200))
+        assert len(policy._backbone.eyes.read(seen.images, seen.instructions)["prompt"]) == 200, "no instruction is too long"
         words = policy._tokenizer(" ".join(vocabulary()), add_special_tokens=False)["input_ids"]
         assert policy._tokenizer.unk_token_id not in words
