@@ -45,7 +45,7 @@ class Adapter(Protocol):
 class Identity:
     """Everything passes as it is; one camera, ``front``."""
 
-    cameras = ("front",)
+    cameras: tuple[str, ...] = ("front",)
 
     def state(self, state_BS: Tensor) -> Tensor:
         return state_BS

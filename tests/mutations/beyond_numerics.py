@@ -108,15 +108,15 @@ PI0: tuple[Row, ...] = (
     (
         "suffix includes state",
         "policies/pi0.py",
-        '"suffix": lambda prefix, hidden: hidden[:, 1:].mean(1)',
-        '"suffix": lambda prefix, hidden: hidden[:, :1].mean(1)',
+        '"suffix": lambda prefix, hidden, inputs: hidden[:, 1:].mean(1)',
+        '"suffix": lambda prefix, hidden, inputs: hidden[:, :1].mean(1)',
         "tests/policies/test_pi0_likelihood.py::test_values_of_the_action_tokens_are_those_of_the_trained_steps",
     ),
     (
         "state token is an action token",
         "policies/pi0.py",
-        '"state_token": lambda prefix, hidden: hidden[:, 0]',
-        '"state_token": lambda prefix, hidden: hidden[:, 1]',
+        '"state_token": lambda prefix, hidden, inputs: hidden[:, 0]',
+        '"state_token": lambda prefix, hidden, inputs: hidden[:, 1]',
         "tests/policies/test_pi0_likelihood.py::test_values_do_not_depend_on_the_noise",
     ),
     (
@@ -199,8 +199,8 @@ PI0: tuple[Row, ...] = (
     (
         "statistics over padding",
         "policies/pi0.py",
-        "examples.actions_BHA[examples.mask_BH])",
-        "examples.actions_BHA.flatten(0, 1))",
+        "actions_BHA[examples.mask_BH])",
+        "actions_BHA.flatten(0, 1))",
         "tests/policies/test_pi0_checkpoint.py::test_statistics_are_mean_and_std_of_real_actions",
     ),
     (
