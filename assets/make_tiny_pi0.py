@@ -7,6 +7,7 @@ tabletop's vocabulary. ``configs/pretrain/tiny_pi0.yaml`` trains it into ``asset
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -18,15 +19,24 @@ WIDTH, LAYERS, HEADS, HEAD_DIM, PATCH, IMAGE = 80, 3, 2, 40, 16, 64
 ACTIVATION = "silu"  # half the time of Gemma's tanh-gelu on a CPU
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<bos>", "<unk>", "\n", *sorted(set(vocabulary()))]
+def build_tokenizer(known: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
+    """Whole words, split at spaces: those ``known``, or the tabletop's; any other is <unk>."""
+    words = ["<pad>", "<bos>", "<unk>", "\n", *sorted(set(vocabulary() if known is None else known))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")])
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>")
 
 
 def build_config(
-    vocabulary_size: int, *, width: int = WIDTH, layers: int = LAYERS, patch: int = PATCH, vision_layers: int = 2
+    vocabulary_size: int,
+    *,
+    width: int = WIDTH,
+    layers: int = LAYERS,
+    patch: int = PATCH,
+    vision_layers: int = 2,
+    chunk_size: int = 5,
+    max_state_dim: int = 4,
+    max_action_dim: int = 4,
 ) -> PI0Config:
     text = {
         "model_type": "gemma",
@@ -56,7 +66,8 @@ def build_config(
         text_config=text, vision_config=vision, projection_dim=width, image_token_id=vocabulary_size, pad_token_id=0
     )
     expert = CONFIG_MAPPING["gemma"](**{**text, "vocab_size": 8})
-    return PI0Config(vlm_config=vlm, dit_config=expert, chunk_size=5, max_state_dim=4, max_action_dim=4, num_inference_steps=4)
+    sizes = {"chunk_size": chunk_size, "max_state_dim": max_state_dim, "max_action_dim": max_action_dim}
+    return PI0Config(vlm_config=vlm, dit_config=expert, num_inference_steps=4, **sizes)  # type: ignore[arg-type]
 
 
 def main() -> None:

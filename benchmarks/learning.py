@@ -3,8 +3,9 @@
     python benchmarks/learning.py [--families reach push] [--algorithms ppo_flow_sde] [--seeds 0 1 2] [--jobs 2] [key=value ...]
 
 Every run is ``mmrl train`` of a config in configs/tabletop/ in a process of its own, so the table can be had by hand too.
-Episodes of the families take different numbers of decisions, so each family gets as many iterations as --decisions allows.
-Finished runs are kept under --output and not repeated. Further arguments are overrides for all runs.
+Episodes of the families take different numbers of decisions, so each family gets as many environments as make an iteration of
+PER_ITERATION decisions, and as many iterations as --decisions allows. Finished runs are kept under --output and not repeated.
+Further arguments are overrides for all runs.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from mmrl.metrics import read
 from mmrl.numerics.statistics import percent
 from simulators.tabletop import DEFAULT_MAX_STEPS
 
-NUM_ENVS, CHUNK = 384, 5  # of configs/tabletop/: environments, and actions per decision
+PER_ITERATION = 1152  # decisions: what the 384 environments of configs/quickstart.yaml take to reach
+CHUNK, GROUP = 5, 8  # of configs/tabletop/: actions per decision, and episodes that GRPO compares
 ALGORITHMS = ("ppo_flow_sde", "ppo_flow_noise", "grpo_flow_sde", "grpo_flow_noise")
 
 
-def iterations(family: str, decisions: int) -> int:
-    """Iterations of whole episodes that take at most so many decisions."""
-    return max(1, decisions // (NUM_ENVS * -(-DEFAULT_MAX_STEPS[family] // CHUNK)))
+def budget(family: str, decisions: int) -> tuple[int, int]:
+    """Environments, a multiple of GROUP, and iterations of whole episodes that take at most so many decisions."""
+    longest = -(-DEFAULT_MAX_STEPS[family] // CHUNK)
+    num_envs = PER_ITERATION // longest // GROUP * GROUP
+    return num_envs, max(1, decisions // (num_envs * longest))
 
 
 def run_once(algorithm: str, family: str, seed: int, output: Path, overrides: list[str]) -> Path:
@@ -63,7 +67,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=["reach", "push", "pick_place", "sort"])
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=ALGORITHMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--decisions", type=int, default=60_000, help="of each run, about")
+    parser.add_argument("--decisions", type=int, default=40_000, help="of each run, about")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     arguments, overrides = parser.parse_known_args()
@@ -75,8 +79,9 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         jobs: dict[tuple[str, str, int], Future[Path]] = {}
         for family, algorithm, seed in itertools.product(arguments.families, arguments.algorithms, arguments.seeds):
-            budget = f"stages.improve.iterations={iterations(family, arguments.decisions)}"
-            settings = ["threads=1", "evaluation.every=0", budget, *overrides]
+            num_envs, iterations = budget(family, arguments.decisions)
+            size = [f"stages.improve.collect.num_envs={num_envs}", f"stages.improve.iterations={iterations}"]
+            settings = ["threads=1", "evaluation.every=0", *size, *overrides]
             jobs[family, algorithm, seed] = pool.submit(run_once, algorithm, family, seed, output, settings)
         for family, algorithm in cells:
             runs = [summary(jobs[family, algorithm, seed].result()) for seed in arguments.seeds]

@@ -3,8 +3,12 @@
     python benchmarks/simulator.py [--device cpu] [--seconds 1.5] [--threads 2]
 
 Every row steps random actions, one action per observation, and resets everything each 20 steps. The parts are timed alone:
-physics (laws, judging, bookkeeping), paint (sprites onto the label map), colour (labels to pixels). "cpu" is processor time
-over wall time: well below the number of threads, it says that other programs had the processor.
+physics (laws, judging, bookkeeping), paint (sprites onto the label map), colour (labels to pixels), and reset of all episodes.
+
+On a machine that does other work too, the wall clock measures that work. So beside each rate stands the one per second of
+processor time ("per cpu s"), which other programs hardly touch as long as torch has one thread (--threads 1); with more, threads
+that wait for one another count as busy. Milliseconds of the parts are processor time too. "cpu" is processor time over wall time
+of both loops together: where it is below 1, other programs had the processor.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -21,8 +26,16 @@ from simulators.tabletop import Tabletop
 SIZES = (64, 256, 1024, 4096)
 
 
-def seconds_per_call(run: Callable[[], object], budget: float, device: torch.device) -> tuple[float, float]:
-    """Mean wall time of one call over about ``budget`` seconds after a warm-up, and processor time per wall time."""
+@dataclass(frozen=True)
+class Cost:
+    """What one call takes: seconds on the wall clock, and of processor time over all threads."""
+
+    wall: float
+    cpu: float
+
+
+def cost_per_call(run: Callable[[], object], budget: float, device: torch.device) -> Cost:
+    """Mean over about ``budget`` seconds, after a warm-up."""
     for _ in range(3):
         run()
     synchronise(device)
@@ -31,8 +44,7 @@ def seconds_per_call(run: Callable[[], object], budget: float, device: torch.dev
         run()
         synchronise(device)
         calls += 1
-    wall = time.perf_counter() - start
-    return wall / calls, (time.process_time() - cpu) / wall
+    return Cost((time.perf_counter() - start) / calls, (time.process_time() - cpu) / calls)
 
 
 def synchronise(device: torch.device) -> None:
@@ -57,25 +69,26 @@ def stepper(env: Tabletop) -> Callable[[], object]:
     return run
 
 
-def measure(num_envs: int, budget: float, device: torch.device) -> list[float]:
-    """One row: env steps/s rendered and on state alone, then milliseconds of physics, paint, colour, reset; cpu share."""
+def measure(num_envs: int, budget: float, device: torch.device) -> str:
+    """One row of the table."""
     rendered = Tabletop(Tabletop.Config(), num_envs=num_envs, device=device)
     state_only = Tabletop(Tabletop.Config(render=False), num_envs=num_envs, device=device)
     ids = torch.arange(num_envs, device=device)
-    with_images, share = seconds_per_call(stepper(rendered), budget, device)
-    without, _ = seconds_per_call(stepper(state_only), budget, device)
+    seeing, blind = (cost_per_call(stepper(env), budget, device) for env in (rendered, state_only))
     rendered.reset(ids)
     camera, background = rendered._cameras["front"], rendered._backgrounds["front"]
     canvas = camera.labels(background, rendered._layout, rendered._state)
-    action, alive = torch.zeros(num_envs, 4, device=device), torch.ones(num_envs, dtype=torch.bool, device=device)
+    action, alive = torch.zeros(4, num_envs, device=device), torch.ones(num_envs, dtype=torch.bool, device=device)
     parts = (
         lambda: rendered._advance(action, alive),
         lambda: camera.labels(background, rendered._layout, rendered._state),
         lambda: camera.colour(canvas, rendered._palette_BP),
         lambda: rendered.reset(ids),
     )
-    milliseconds = [1000 * seconds_per_call(part, budget / 3, device)[0] for part in parts]
-    return [num_envs / with_images, num_envs / without, *milliseconds, share]
+    rates = "".join(f"{num_envs / rate:11,.0f}" for cost in (seeing, blind) for rate in (cost.wall, cost.cpu))
+    milliseconds = "".join(f"{1000 * cost_per_call(part, budget / 3, device).cpu:9.2f}" for part in parts)
+    share = (seeing.cpu + blind.cpu) / (seeing.wall + blind.wall)
+    return f"{num_envs:7d}{rates}{milliseconds}{share:7.2f}"
 
 
 def main() -> None:
@@ -89,11 +102,10 @@ def main() -> None:
     print(
         f"{device}, {arguments.threads} threads, torch {torch.__version__}; targets at 256: 10,000 rendered, 100,000 state only"
     )
-    print("   envs  rendered/s  state only/s  physics ms  paint ms  colour ms  reset ms   cpu")
+    print("          rendered            state only            processor ms of")
+    print("   envs     per s  per cpu s      per s  per cpu s  physics    paint   colour    reset    cpu")
     for num_envs in SIZES:
-        rendered, state_only, physics, paint, colour, reset, share = measure(num_envs, arguments.seconds, device)
-        row = f"{physics:11.2f} {paint:9.2f} {colour:10.2f} {reset:9.2f} {share:5.2f}"
-        print(f"{num_envs:7d} {rendered:11,.0f} {state_only:13,.0f} {row}", flush=True)
+        print(measure(num_envs, arguments.seconds, device), flush=True)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,8 @@ class StageConfig(Block):
     """Updates in a row with a loss or gradient that is not finite before the run stops."""
     micro_batch: PositiveInt | None = None
     """Samples per forward and backward pass; null takes the whole mini-batch at once."""
+    evaluate_every: NonNegativeInt | None = None
+    """Iterations between evaluations within this stage; null: ``evaluation.every``."""
 
 
 class MeasuringConfig(Block):

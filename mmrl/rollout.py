@@ -13,7 +13,7 @@ episodes, up to the rounding of matrix products, whatever number of slots and en
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ class _Part:
         self._tasks_B = collector.take_tasks(size // collector.group_size).repeat_interleave(collector.group_size)
         self._ages_B = torch.zeros_like(self._tasks_B)  # decisions in the running episodes
         self._running_B = torch.ones(size, dtype=torch.bool, device=device)
-        self._observation = environment.reset(self._tasks_B)
+        self._observation = self._timed(environment.reset(self._tasks_B))
         self._log, self._columns = _EpisodeLog(size, device), []
         self._pending: tuple[Decision, Step] | None = None
 
@@ -151,9 +151,9 @@ class _Part:
         ended_B = step.done_B & running_B
         self._log.add(t, step, running_B, ended_B, self._tasks_B)
         self._ages_B = self._ages_B + 1
-        final_values_B = self._values_of(step.observation, ended_B & step.truncated_B)
+        self._observation = self._timed(step.observation)
+        final_values_B = self._values_of(self._observation, ended_B & step.truncated_B)
         self._columns.append(_Column(decision, step, running_B, self._tasks_B, final_values_B))
-        self._observation = step.observation
         if not self._collector.auto_reset:
             self._running_B = running_B & ~ended_B
         elif t + 1 < self._collector.decisions and bool(ended_B.any()):
@@ -163,7 +163,7 @@ class _Part:
         self._tasks_B = self._tasks_B.clone()
         self._tasks_B[ended_B] = self._collector.take_tasks(int(ended_B.sum()))
         self._ages_B = torch.where(ended_B, 0, self._ages_B)
-        self._observation = self._environment.reset(self._tasks_B, ended_B)
+        self._observation = self._timed(self._environment.reset(self._tasks_B, ended_B))
 
     def rollout(self) -> Rollout:
         last = self._columns[-1].step
@@ -171,6 +171,9 @@ class _Part:
         if not self._collector.auto_reset:  # whole episodes were asked for: one that was cut is recorded as it stands
             self._log.finish(last, self._running_B & ~last.done_B, self._tasks_B)
         return _assemble(self._columns, last_values_B, self._log)
+
+    def _timed(self, observation: Observation) -> Observation:
+        return replace(observation, elapsed_B=self._ages_B)
 
     def _draws(self, purpose: int) -> Draws:
         return Draws.of(self._collector.seed, self._tasks_B, self._copies_B, self._ages_B, purpose)

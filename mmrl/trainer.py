@@ -227,7 +227,8 @@ class Stage:
 
     def _pause(self) -> None:
         """What is due between two iterations."""
-        evaluate_every, save_every = self.run_.config.evaluation.every, self.run_.config.checkpoint.every
+        every, save_every = self.run_.config.evaluation.every, self.run_.config.checkpoint.every
+        evaluate_every = every if self.config.evaluate_every is None else self.config.evaluate_every
         if evaluate_every and self.iteration % evaluate_every == 0:
             self.evaluate("during")
         if self.iteration % save_every == 0:

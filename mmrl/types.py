@@ -52,6 +52,7 @@ class Observation:
     """What B environments show at one moment.
 
     images: camera name -> uint8 [B, height, width, 3]. state: float32 [B, S] or None. instructions: B sentences.
+    elapsed_B: int64, decisions made so far in the episode; None where nobody counts (in demonstrations, say).
 
     >>> import torch
     >>> o = Observation({"front": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}, torch.zeros(2, 4), ("reach red", "push blue"))
@@ -62,6 +63,7 @@ class Observation:
     images: Mapping[str, Tensor]
     state: Tensor | None
     instructions: tuple[str, ...]
+    elapsed_B: Tensor | None = None
 
     def __post_init__(self) -> None:
         b = len(self.instructions)
@@ -71,6 +73,8 @@ class Observation:
                 raise ShapeError(f"Observation.images[{camera!r}] is {image.dtype}, expected torch.uint8")
         if self.state is not None:
             _expect("Observation", "state", self.state, b, None)
+        if self.elapsed_B is not None:
+            _expect("Observation", "elapsed_B", self.elapsed_B, b)
 
     @property
     def batch_size(self) -> int:
@@ -82,6 +86,7 @@ class Observation:
             {name: image[index_N] for name, image in self.images.items()},
             None if self.state is None else self.state[index_N],
             tuple(self.instructions[i] for i in index_N.tolist()),
+            None if self.elapsed_B is None else self.elapsed_B[index_N],
         )
 
     def to(self, device: torch.device) -> Observation:
@@ -89,15 +94,17 @@ class Observation:
             {name: image.to(device) for name, image in self.images.items()},
             None if self.state is None else self.state.to(device),
             self.instructions,
+            None if self.elapsed_B is None else self.elapsed_B.to(device),
         )
 
     @staticmethod
     def concat(parts: Sequence[Observation]) -> Observation:
-        """Stack along the batch axis; all parts share cameras and state size."""
+        """Stack along the batch axis; all parts share cameras and state size, and all count decisions or none does."""
         return Observation(
             {name: torch.cat([p.images[name] for p in parts]) for name in parts[0].images},
             None if parts[0].state is None else torch.cat([p.state for p in parts if p.state is not None]),
             tuple(sentence for p in parts for sentence in p.instructions),
+            None if parts[0].elapsed_B is None else torch.cat([p.elapsed_B for p in parts if p.elapsed_B is not None]),
         )
 
 

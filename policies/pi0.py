@@ -18,13 +18,11 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, field
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from mmrl.errors import MMRLError
@@ -32,114 +30,34 @@ from mmrl.numerics import flow
 from mmrl.numerics.draws import Draws
 from mmrl.numerics.losses import Loss
 from mmrl.types import Decision, Evaluation, Examples, Observation, Rollout
-from policies.pi0_parts.heads import CriticHead, NoiseHead
-from policies.pi0_parts.options import STRICT, CriticConfig, LoraOptions
+from policies.pi0_adapters.base import Adapter, Identity
+from policies.pi0_parts.heads import NoiseHead
+from policies.pi0_parts.options import Options
 from policies.pi0_parts.prefix import Prefix, Tokenizer, encode, preprocess
 from policies.pi0_parts.sampling import Sampler
-from policies.pi0_parts.weights import (
-    Statistics,
-    add_adapters,
-    load_heads,
-    load_model,
-    load_statistics,
-    load_tokenizer,
-    merged,
-    model_groups,
-    save_heads,
-)
+from policies.pi0_parts.weights import Statistics, load_model, load_statistics, model_groups
+from policies.shared.adapters import add_adapters, merged
+from policies.shared.checkpoints import load_heads, load_tokenizer, save_heads
+from policies.shared.heads import TIME_FEATURES, CriticHead, time_features
 
-_NOISE_LEVEL_SAMPLERS = ("flow_sde", "cps")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
-# What a critic may look at, from the prefix [pooled: B, W] and the expert's output [B, 1 + H, W'] (state token first).
-_CRITIC_FEATURES: dict[str, Callable[[Prefix, Tensor], Tensor]] = {
-    "prefix": lambda prefix, hidden: prefix.pooled,
-    "state_token": lambda prefix, hidden: hidden[:, 0],
-    "suffix": lambda prefix, hidden: hidden[:, 1:].mean(1),
+# What a critic may look at, from the prefix [pooled: B, W], the expert's output [B, 1 + H, W] (state token first) and the inputs.
+_CRITIC_FEATURES: dict[str, Callable[[Prefix, Tensor, Mapping[str, Tensor]], Tensor]] = {
+    "prefix": lambda prefix, hidden, inputs: prefix.pooled,
+    "state_token": lambda prefix, hidden, inputs: hidden[:, 0],
+    "suffix": lambda prefix, hidden, inputs: hidden[:, 1:].mean(1),
+    "time": lambda prefix, hidden, inputs: time_features(inputs["elapsed"]).to(hidden.dtype),
 }
 
 
 class Pi0(nn.Module):
     """See the module. Satisfies LikelihoodPolicy, ValuePolicy and SupervisedPolicy of mmrl.protocols."""
 
-    @dataclass(frozen=True, config=STRICT)
-    class Config:
-        """Fields of a ``policies.pi0:Pi0`` block."""
-
-        checkpoint: str
-        """Folder or hub id in the format of lerobot/pi0_base as transformers reads it, with a tokenizer."""
-        weights: Literal["pretrained", "random"] = "pretrained"
-        """``random`` takes only architecture and tokenizer from the checkpoint."""
-        sampler: Literal["ode", "flow_sde", "flow_noise", "cps"] = "flow_sde"
-        """How actions are drawn while exploring; evaluation always follows the ODE."""
-        denoising_steps: int = Field(default=4, ge=1)
-        """Steps from noise to actions (K)."""
-        noise_level: float | None = None
-        """Noise of flow_sde (any positive number) and cps (at most 1); required by these two, refused by the others."""
-        stochastic_steps: Literal["one", "all"] = "one"
-        """flow_sde and cps: one random denoising step per decision is stochastic and trained, or all; flow_noise: always all."""
-        train_last_step: bool = True
-        """Whether the last denoising step may be stochastic (its noise goes straight into the action); that of cps never is."""
-        noise_std_range: tuple[float, float] = (0.08, 0.16)
-        """flow_noise: bounds of the learned standard deviation, in normalised actions."""
-        execute: int | None = Field(default=None, ge=1)
-        """Actions of a chunk that are executed and scored (C); None: all."""
-        action_dim: int | None = Field(default=None, ge=1)
-        """Action dimensions that are executed and scored (A); None: those of the statistics."""
-        granularity: Literal["chunk", "action", "step"] = "chunk"
-        """Units of the log-probability: the whole chunk, each executed action, or each denoising step."""
-        step_reduction: Literal["sum", "mean", "mean_with_prior"] = "sum"
-        """How denoising steps are combined within a unit (not for granularity ``step``)."""
-        critic: CriticConfig | None = field(default_factory=CriticConfig)
-        """The value head; null for algorithms that need none."""
-        train: Literal["expert", "all", "lora"] = "expert"
-        """Which weights learn: the action expert with its projections, everything, or low-rank adapters and projections."""
-        lora: LoraOptions = field(default_factory=LoraOptions)
-        """Used with ``train: lora``."""
-        cache_prefix: bool = True
-        """Keep frozen prefixes (``train: expert``) for the update; in bfloat16 pi0_base needs 5 MB per decision and camera."""
-        cameras: tuple[str, ...] = ("front",)
-        """The cameras the policy looks at, in order."""
-        max_text_tokens: int = Field(default=48, ge=1)
-        """Text is padded to this length."""
-        flow_samples: int = Field(default=1, ge=1)
-        """Noise and time draws per example in the supervised loss, all over one encoded prefix."""
-        attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-        """transformers' attention implementation; eager is the fastest for tiny models on a CPU."""
-        dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-        """Storage type of the weights; densities and chains are computed in float32 or better in any case."""
-        seed: int = 0
-        """Seed of fresh weights (heads, and everything with ``weights: random``)."""
-
-        @model_validator(mode="after")
-        def _consistent(self) -> Pi0.Config:
-            needs_level = self.sampler in _NOISE_LEVEL_SAMPLERS
-            if needs_level and not (self.noise_level and self.noise_level > 0):
-                raise ValueError(
-                    f"noise_level must be above 0 with sampler '{self.sampler}' (it has no likelihood without noise)"
-                )
-            if not needs_level and self.noise_level is not None:
-                raise ValueError(f"noise_level is not used by sampler '{self.sampler}'; remove it")
-            if self.sampler == "cps" and self.noise_level is not None and self.noise_level > 1:
-                raise ValueError("noise_level must be at most 1 with sampler 'cps'")
-            if not 0 < self.noise_std_range[0] <= self.noise_std_range[1]:
-                raise ValueError("noise_std_range must be two positive numbers, low and high")
-            if not self.noisy_last_step and self.denoising_steps < 2:
-                why = "train_last_step is false" if self.sampler != "cps" else "the last step of sampler 'cps' has no noise"
-                raise ValueError(f"denoising_steps must be at least 2, because {why}")
-            if self.granularity == "step" and self.step_reduction != "sum":
-                raise ValueError("step_reduction is not used with granularity 'step', where each step is a unit; remove it")
-            if not self.cameras:
-                raise ValueError("cameras must name at least one camera")
-            return self
-
-        @property
-        def noisy_last_step(self) -> bool:
-            """Whether the last step may be drawn at random; the noise of cps vanishes there."""
-            return self.train_last_step and self.sampler != "cps"
+    Config = Options
 
     @staticmethod
-    def lacks(config: Config) -> dict[str, tuple[str, str]]:
+    def lacks(config: Options) -> dict[str, tuple[str, str]]:
         """What a policy of this config cannot give an algorithm: need -> (field, why); see mmrl.config."""
         lacking = {}
         if config.sampler == "ode":
@@ -148,13 +66,19 @@ class Pi0(nn.Module):
             lacking["critic"] = ("critic", "is null; give the policy one, or use grpo")
         return lacking
 
-    def __init__(self, config: Config, *, device: torch.device) -> None:
+    def __init__(self, config: Options, *, device: torch.device) -> None:
         super().__init__()
         self.config, self.version = config, 0
+        self.adapter: Adapter = Identity() if config.adapter is None else config.adapter.build()
+        self.cameras = config.cameras or self.adapter.cameras
         dtype = _DTYPES[config.dtype]
         self.model = load_model(config.checkpoint, config.weights, dtype, config.attention, config.seed)
         self.statistics = load_statistics(config.checkpoint)
-        tokenizer = load_tokenizer(config.checkpoint)
+        tokenizer = (
+            load_tokenizer(config.tokenizer, key="tokenizer")
+            if config.tokenizer
+            else load_tokenizer(config.checkpoint, remedy="; name one with policy.tokenizer")
+        )
         self._hf_tokenizer, self._tokenizer = tokenizer, Tokenizer(tokenizer, config.max_text_tokens)
         self._arch: Any = (arch := self.model.config)
         self.horizon, self._padded_dim = arch.chunk_size, arch.max_action_dim
@@ -192,7 +116,7 @@ class Pi0(nn.Module):
     def _build_heads(self) -> None:
         arch = self._arch
         width = arch.dit_config.hidden_size
-        sizes = {"prefix": arch.vlm_config.text_config.hidden_size, "state_token": width, "suffix": width}
+        sizes = {"prefix": arch.vlm_config.text_config.hidden_size, "state_token": width, "suffix": width, "time": TIME_FEATURES}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed + 1)
             critic = self.config.critic
@@ -222,7 +146,8 @@ class Pi0(nn.Module):
         model = self.model
         model.requires_grad_(self.config.train == "all")
         if self.config.train == "lora":
-            add_adapters(model, self.config.lora, self.config.seed + 2)
+            lora = self.config.lora
+            add_adapters(model, rank=lora.rank, alpha=lora.alpha, modules=lora.modules, seed=self.config.seed + 2)
         if self.config.train == "expert":
             model.model.dit.requires_grad_(True)
         for part in (model.embed_action_time, model.action_out_proj):
@@ -283,10 +208,11 @@ class Pi0(nn.Module):
         """Take state and action statistics from demonstrations; they are saved with the policy."""
         if examples.observation.state is None:
             raise MMRLError("pi0 needs the robot's state, but the examples have none")
-        if examples.actions_BHA.shape[2] < self.action_dim:
-            found = examples.actions_BHA.shape[2]
+        state_BS = self.adapter.state(examples.observation.state)
+        actions_BHA = self.adapter.to_policy(examples.actions_BHA, examples.observation.state)
+        if (found := actions_BHA.shape[2]) < self.action_dim:
             raise MMRLError(f"policy.action_dim = {self.action_dim}, but the examples' actions have {found} dimensions")
-        self.statistics = Statistics.fit(examples.observation.state, examples.actions_BHA[examples.mask_BH])
+        self.statistics = Statistics.fit(state_BS, actions_BHA[examples.mask_BH])
 
     def get_extra_state(self) -> Tensor:
         """The statistics as json bytes: they belong to the weights, so a state dict carries them (no pickle)."""
@@ -308,7 +234,7 @@ class Pi0(nn.Module):
         return (x - mean) / std
 
     def _actions(self, x_BHD: Tensor) -> Tensor:
-        """Denoised chunk [B, H, D] -> executed actions [B, C, A] in the environment's units."""
+        """Denoised chunk [B, H, D] -> executed actions [B, C, A] in the checkpoint's units."""
         chunk = x_BHD[:, : self.execute, : self.action_dim]
         if self.statistics is None:
             return chunk
@@ -317,25 +243,26 @@ class Pi0(nn.Module):
 
     def _inputs(self, observation: Observation) -> dict[str, Tensor]:
         """Everything the network reads of an observation: pixels uint8, token ids, padded normalised state."""
-        missing = [camera for camera in self.config.cameras if camera not in observation.images]
+        missing = [camera for camera in self.cameras if camera not in observation.images]
         if missing:
             raise MMRLError(f"policy.cameras names {missing[0]!r}, but the environment shows {sorted(observation.images)}")
         if observation.state is None:
             raise MMRLError("pi0 needs the robot's state, but the environment's observation has none")
-        state = self._normalize(observation.state, "state")
+        state = self._normalize(self.adapter.state(observation.state), "state")
         width = self._arch.max_state_dim
         if state.shape[1] > width:
             raise MMRLError(
                 f"the environment's state has {state.shape[1]} numbers, but {self.config.checkpoint} takes at most {width}"
             )
-        images = {f"image_{camera}": observation.images[camera].to(self.device) for camera in self.config.cameras}
+        images = {f"image_{camera}": observation.images[camera].to(self.device) for camera in self.cameras}
         ids = self._tokenizer(observation.instructions, self.device)
-        return {**images, "token_ids": ids, "state": nn.functional.pad(state, (0, width - state.shape[1]))}
+        inputs = {**images, "token_ids": ids, "state": nn.functional.pad(state, (0, width - state.shape[1]))}
+        return inputs if observation.elapsed_B is None else {**inputs, "elapsed": observation.elapsed_B.to(self.device)}
 
     def _encode(self, inputs: Mapping[str, Tensor]) -> Prefix:
         size = self._arch.vlm_config.vision_config.image_size
         dtype = self.model.dtype
-        pixels = torch.stack([preprocess(inputs[f"image_{camera}"], size, dtype) for camera in self.config.cameras], 1)
+        pixels = torch.stack([preprocess(inputs[f"image_{camera}"], size, dtype) for camera in self.cameras], 1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen_prefix):
             return encode(self.model, pixels, inputs["token_ids"])
 
@@ -349,9 +276,12 @@ class Pi0(nn.Module):
         velocity = self.model.action_out_proj(hidden[:, -self.horizon :])
         return velocity.to(x_BHD.dtype), hidden
 
-    def _value(self, prefix: Prefix, hidden: Tensor) -> Tensor:
+    def _value(self, prefix: Prefix, hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """``inputs``: of ``_inputs``, or a trace."""
         assert self.critic is not None and self.config.critic is not None
-        features = torch.cat([_CRITIC_FEATURES[name](prefix, hidden) for name in self.config.critic.inputs], -1)
+        if "time" in self.config.critic.inputs and "elapsed" not in inputs:
+            raise MMRLError("policy.critic.inputs has 'time', but the observation does not say how many decisions were made")
+        features = torch.cat([_CRITIC_FEATURES[name](prefix, hidden, inputs) for name in self.config.critic.inputs], -1)
         return self.critic(features.detach() if self.config.critic.detach else features)
 
     def _learned_std(self, hidden: Tensor) -> Tensor | None:
@@ -363,7 +293,9 @@ class Pi0(nn.Module):
     def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
         with self.compute_mode(train=False):
             inputs = self._inputs(observation)
-            return self._denoise(inputs, self._encode(inputs), draws, explore=explore)
+            decision = self._denoise(inputs, self._encode(inputs), draws, explore=explore)
+            assert observation.state is not None
+            return replace(decision, action_BCA=self.adapter.to_simulator(decision.action_BCA, observation.state))
 
     def _denoise(self, inputs: Mapping[str, Tensor], prefix: Prefix, draws: Draws, *, explore: bool) -> Decision:
         batch, sampler = inputs["state"].shape[0], self._sampler
@@ -386,11 +318,12 @@ class Pi0(nn.Module):
                 before[rows, columns], after[rows, columns] = x[rows], x_next[rows]
                 log_density[rows, columns] = sampler.score(x_next, mean, std)[rows]
                 if self.critic is not None:
-                    values[rows, columns] = self._value(prefix, hidden)[rows].to(values.dtype)
+                    values[rows, columns] = self._value(prefix, hidden, inputs)[rows].to(values.dtype)
             x = x_next
         log_probs = sampler.units(log_density, prior)
-        trace = {"state": inputs["state"], "x_before": before, "x_after": after, "prior": prior, "step": chosen_BJ}
-        kept = prefix.trace() if self._keeps_prefix else {k: v for k, v in inputs.items() if k != "state"}
+        trace = {"x_before": before, "x_after": after, "prior": prior, "step": chosen_BJ}
+        encoded = prefix.trace() if self._keeps_prefix else {}
+        kept = {k: v for k, v in inputs.items() if k in ("state", "elapsed") or not encoded} | encoded
         return Decision(
             action_BCA=self._actions(x),
             trace={**trace, **kept} if explore else {},
@@ -421,7 +354,7 @@ class Pi0(nn.Module):
             densities.append(self._sampler.score(trace["x_after"][:, j], mean, std))
             entropies.append(flow.gaussian_entropy(std[:, : self.execute, : self.action_dim]))
             if self.critic is not None:
-                values.append(self._value(prefix, hidden))
+                values.append(self._value(prefix, hidden, trace))
         log_probs = self._sampler.units(torch.stack(densities, 1), trace["prior"])
         # Per dimension: the mean over steps, actions and dimensions; constant (no gradient) but for flow_noise.
         entropy = torch.stack(entropies, 1).mean((1, 2, 3)).unsqueeze(1).expand_as(log_probs)
@@ -442,7 +375,7 @@ class Pi0(nn.Module):
             batch = inputs["state"].shape[0]
             x = inputs["state"].new_zeros(batch, self.horizon, self._padded_dim)
             _, hidden = self._expert(prefix, inputs["state"], x, x.new_ones(batch))
-            return self._value(prefix, hidden)
+            return self._value(prefix, hidden, inputs)
 
     def reference(self) -> Pi0:
         twin = copy.deepcopy(self)
@@ -461,7 +394,9 @@ class Pi0(nn.Module):
         prefix, times = self._encode(inputs), self.config.flow_samples
         if times > 1:
             prefix = prefix.repeat(times)
-        actions = self._normalize(examples.actions_BHA[:, : self.horizon, : self.action_dim], "actions")
+        assert examples.observation.state is not None
+        actions_BHA = self.adapter.to_policy(examples.actions_BHA[:, : self.horizon], examples.observation.state)
+        actions = self._normalize(actions_BHA[..., : self.action_dim], "actions")
         actions = nn.functional.pad(actions, (0, self._padded_dim - self.action_dim)).repeat_interleave(times, 0)
         noise = torch.randn(actions.shape, generator=generator, device=self.device, dtype=actions.dtype)
         t_B = self._flow_times(actions.shape[0], generator, actions.dtype)
@@ -485,9 +420,10 @@ class Pi0(nn.Module):
         generator = torch.Generator().manual_seed(batch_size)
         images = {
             camera: torch.randint(0, 256, (batch_size, size, size, 3), generator=generator, dtype=torch.uint8)
-            for camera in self.config.cameras
+            for camera in self.cameras
         }
         width = len(self.statistics.state_mean) if self.statistics else self._arch.max_state_dim
         words = sorted(word for word in self._hf_tokenizer.get_vocab() if word.isalpha())[:8] or ["move"]
         sentences = tuple(" ".join(words[: 1 + i % len(words)]) for i in range(batch_size))
-        return Observation(images, torch.rand(batch_size, width, generator=generator), sentences)
+        elapsed_B = torch.arange(batch_size) % 7
+        return Observation(images, self.adapter.example_state(width, batch_size, generator), sentences, elapsed_B)

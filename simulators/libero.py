@@ -3,8 +3,7 @@
 Liu et al. 2023 (arXiv 2306.03310); LIBERO-PRO's perturbed suites where its distribution is installed. Episodes start from
 the official initial states. Observations are as openpi gives them to its policies: cameras ``agentview`` and ``wrist``, and
 a state of eight numbers: the hand's position, its turn (axis times angle) and both fingers. Actions are robosuite's OSC_POSE,
-in [-1, 1]: three of position, three of rotation, and the gripper (-1 opens), so no policy needs an adapter. Success is
-the BDDL goal's.
+in [-1, 1]: three of position, three of rotation, and the gripper (-1 opens). Success is the BDDL goal's.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Tao et al. 2024 (arXiv 2410.00425). Observations are ManiSkill's cameras, joint positions and velocities with what else it shows a
 policy that sees images (the hand's pose; for PickCube the goal, which no camera shows), and a sentence of the table in
-``maniskill_parts/options.py``. An action is what the control mode makes of it, in [-1, 1] for those that move the hand by deltas,
-so it needs no adapter for a policy. An episode ends with ManiSkill's success or failure.
+``maniskill_parts/options.py``. An action is what the control mode makes of it, in [-1, 1] for those that move the hand by deltas.
+An episode ends with ManiSkill's success or failure.
 """
 
 from __future__ import annotations

@@ -133,12 +133,12 @@ class Tabletop:
         if actions_BCA.dim() != 3 or actions_BCA.shape[::2] != (self.num_envs, ACTION_DIM):
             shape = f"({self.num_envs}, C, {ACTION_DIM})"
             raise ValueError(f"step needs actions of shape {shape}; got {tuple(actions_BCA.shape)}")
-        actions_BCA = actions_BCA.detach().to(self.device, torch.float32)
+        actions_CAB = actions_BCA.detach().to(self.device, torch.float32).permute(1, 2, 0).contiguous()
         rewards, valid = [], []
-        for action_BA in actions_BCA.unbind(1):
+        for action_AB in actions_CAB:
             alive_B = ~self._done_B
             valid.append(alive_B)
-            rewards.append(self._advance(action_BA, alive_B))
+            rewards.append(self._advance(action_AB, alive_B))
         success_B = self._verdict.success_B
         metrics = {"success": success_B.float(), "distance": self._verdict.distance_B, "progress": self._verdict.progress_B}
         return Step(
@@ -207,10 +207,10 @@ class Tabletop:
     def _judge(self, state: State) -> Verdict:
         return judge(self._layout, state, self.config.tolerance)
 
-    def _advance(self, action_BA: Tensor, alive_B: Tensor) -> Tensor:
+    def _advance(self, action_AB: Tensor, alive_B: Tensor) -> Tensor:
         """One action in every slot that is not done; the rewards [B]."""
         before = self._verdict
-        self._state = choose(alive_B, self._physics.advance(self._state, self._layout, action_BA), self._state)
+        self._state = choose(alive_B, self._physics.advance(self._state, self._layout, action_AB), self._state)
         self._verdict = self._judge(self._state)
         reward_B = self._verdict.success_B.float()
         if self.config.reward == "dense":
@@ -224,7 +224,7 @@ class Tabletop:
         for name, camera in self._cameras.items():
             canvas = camera.labels(self._backgrounds[name], self._layout, self._state)
             images[name] = camera.colour(canvas, self._palette_BP)
-        state_BS = torch.cat([self._state.gripper_B3, self._state.open_B[:, None]], dim=1)
+        state_BS = torch.stack([*self._state.gripper_3B, self._state.open_B], dim=1)
         return Observation(images, state_BS, tuple(self._instructions))
 
 

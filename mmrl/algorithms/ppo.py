@@ -9,7 +9,9 @@ decision is one step (gamma per decision, the reward of a chunk is the sum over 
 Departures from pi_RL: a truncated episode is bootstrapped from the value of its final observation inside GAE, not by adding to
 its reward; the value loss has a weight of its own. RLinf bootstraps only where episodes restart within a rollout; here
 ``bootstrap_truncated`` says. It decides whether success within a limit is learned at all: with the bootstrap, hovering by the
-goal until time is up is worth gamma V, nearly as much as arriving, and that V is never compared with a reward.
+goal until time is up is worth gamma V, nearly as much as arriving, and that V is never compared with a reward. Without it, what
+is left to gain depends on the time that is left (Pardo et al. 2018, arXiv 1712.00378), so a critic should know it: pi0's can
+(``critic.inputs`` with ``time``).
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ Integer arithmetic only, so the bits are the same on every device and at any ten
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ def mix(x: Tensor) -> Tensor:
     return x ^ shift(x, 31)
 
 
+@functools.lru_cache(maxsize=1024)
 def salt(*words: int) -> int:
     """One 64-bit key out of several integers; the order counts."""
     key = torch.zeros((), dtype=torch.int64)

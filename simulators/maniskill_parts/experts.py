@@ -29,9 +29,9 @@ class Goal(NamedTuple):
     yaw_B: Tensor  # radians
 
 
-def expert_action(env: Any, task: str, control_mode: str, speed: float) -> Tensor:
+def expert_action(env: Any, task: str, control_mode: str | None, speed: float) -> Tensor:
     """The next action, [B, A] in [-1, 1]. Raises MMRLError for a task or control mode without an expert."""
-    if task not in EXPERTS or control_mode not in _ENCODERS:
+    if task not in EXPERTS or control_mode is None or control_mode not in _ENCODERS:
         raise MMRLError(
             f"there is no scripted expert for {task} in {control_mode}; there is one for {', '.join(EXPERTS)} "
             f"in {' and '.join(_ENCODERS)}"

@@ -33,22 +33,27 @@ class Options:
 
     task: str = "PushCube-v1"
     """Id of a task that ManiSkill has registered."""
-    control_mode: str = "pd_ee_delta_pose"
-    """What an action means to the robot's controller; experts speak pd_ee_delta_pose (7 numbers) and pd_ee_delta_pos (4)."""
+    registered_by: str | None = None
+    """A module to import first, which registers the task; null: ManiSkill itself."""
+    control_mode: str | None = "pd_ee_delta_pose"
+    """What an action means to the robot's controller; experts speak pd_ee_delta_pose (7 numbers) and pd_ee_delta_pos (4);
+    null: the task's own choice."""
     robot: str | None = None
     """The robot's id, such as panda_wristcam (which adds a camera at the hand); null: the task's own choice."""
-    reward: Literal["sparse", "dense"] = "sparse"
-    """sparse: 1 for the action that succeeds. dense: ManiSkill's normalised dense reward, at most 1 an action."""
+    reward: Literal["sparse", "dense", "progress"] = "sparse"
+    """sparse: 1 for the action that succeeds. dense: ManiSkill's normalised dense reward, at most 1 an action; an episode ends
+    with success, so that whoever nearly succeeds until time is up earns more. progress: its change since the last action, which
+    adds up to 1 for a success, whenever it comes (RLinf's relative reward)."""
     max_steps: int | None = Field(default=None, gt=0)
     """Actions until truncation; null: as the task is registered."""
     instructions: tuple[str, ...] | None = None
-    """Sentences for the task, one drawn for each episode; null: the table's, or the task's id in words."""
+    """Sentences for the task, one drawn for each episode; null: the table's, the task's own, or its id in words."""
     seed: int = 0
     """Another seed gives other episodes for the same task ids."""
     render: bool = True
     """Whether observations have images; without, only state and instruction (and no graphics driver is needed)."""
-    image_size: int = Field(default=128, ge=16)
-    """Side of the camera images, in pixels."""
+    image_size: int | None = Field(default=128, ge=16)
+    """Side of the camera images, in pixels; null: each camera's own width and height."""
     expert_speed: float = Field(default=1.0, gt=0, le=1)
     """Largest number in an action of the scripted expert."""
     backend: Literal["auto", "cpu", "gpu"] = "auto"
@@ -60,6 +65,10 @@ class Options:
 
 
 def sentences(options: Options) -> tuple[str, ...]:
-    """What an episode's instruction is drawn from."""
-    words = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in options.task.partition("-")[0])
-    return options.instructions or INSTRUCTIONS.get(options.task) or (words.strip(),)
+    """What an episode's instruction is drawn from; empty where neither the options nor the table have any."""
+    return options.instructions or INSTRUCTIONS.get(options.task) or ()
+
+
+def in_words(task: str) -> str:
+    """A task's id as a sentence: PutCarrotOnPlate-v1 is "put carrot on plate"."""
+    return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in task.partition("-")[0]).strip()

@@ -7,6 +7,7 @@ images when a chunk is over. That, the seeds and the numbers in the state reach 
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from mmrl.errors import EnvironmentMissing, MMRLError
 from mmrl.types import ActionSpec
-from simulators.maniskill_parts.options import Options, sentences
+from simulators.maniskill_parts.options import Options, in_words, sentences
 
 mani_skill.logger.setLevel("ERROR")  # it warns at every reset that the task's own actors have no initial pose
 _ICDS = Path("/usr/share/vulkan/icd.d")
@@ -44,10 +45,13 @@ class Scene:
     """B environments of one task. ``gpu``: simulated together on the CUDA device; otherwise B is 1."""
 
     def __init__(self, options: Options, *, num_envs: int = 1, gpu: bool = False) -> None:
+        if options.registered_by is not None:
+            _import(options.registered_by)
         if options.task not in REGISTERED_ENVS:
             raise MMRLError(f"ManiSkill has no task '{options.task}'; it has {', '.join(sorted(REGISTERED_ENVS))}")
         self.options = options
         self.env: Any = _make(options, num_envs, gpu)
+        self._dense_B = torch.zeros(num_envs, device=self.env.device)  # the last dense reward, for that of progress
         self.reset([0] * num_envs)  # builds the scene
         space: Any = self.env.single_action_space
         self.action_spec = ActionSpec(len(space.low), tuple(space.low.tolist()), tuple(space.high.tolist()))
@@ -63,14 +67,19 @@ class Scene:
         On the CPU the scene is built anew each time: the contacts that PhysX remembers would let an episode depend on the last.
         """
         seeds = [_seed(self.options.seed, task) for task in task_ids]
+        self._dense_B[slice(None) if env_idx is None else env_idx] = 0
         if env_idx is None and len(task_ids) == 1:
             self.env.reset(seed=seeds, options={"reconfigure": True})
         else:
             # ManiSkill draws all that it resets together from the first seed: an episode must not depend on its neighbours.
             for seed, index in zip(seeds, range(len(seeds)) if env_idx is None else env_idx.tolist(), strict=True):
                 self._reset_one(seed, index)
-        choice = sentences(self.options)
-        return [choice[seed % len(choice)] for seed in seeds]
+        if choice := sentences(self.options):
+            return [choice[seed % len(choice)] for seed in seeds]
+        if not hasattr(self.env, "get_language_instruction"):
+            return [in_words(self.options.task)] * len(seeds)
+        own = self.env.get_language_instruction()
+        return list(own) if env_idx is None else [own[index] for index in env_idx.tolist()]
 
     def _reset_one(self, seed: int, index: int) -> None:
         seeds = self.env._episode_seed.copy()
@@ -86,8 +95,15 @@ class Scene:
         none_B = torch.zeros_like(reward_B, dtype=torch.bool)
         success_B, failed_B = (info.get(name, none_B).bool() for name in ("success", "fail"))
         metrics = {name: info.get(name, none_B).float() for name in self.metric_names}
-        reward_B = success_B.float() if self.options.reward == "sparse" else reward_B.float()
-        return Result(reward_B, success_B, failed_B & ~success_B, metrics)
+        return Result(self._reward(reward_B.float(), success_B), success_B, failed_B & ~success_B, metrics)
+
+    def _reward(self, dense_B: Tensor, success_B: Tensor) -> Tensor:
+        if self.options.reward == "sparse":
+            return success_B.float()
+        if self.options.reward == "dense":
+            return dense_B
+        progress_B, self._dense_B = dense_B - self._dense_B, dense_B
+        return progress_B
 
     def images(self) -> dict[str, Tensor]:
         """Camera name -> uint8 [B, height, width, 3]."""
@@ -115,22 +131,27 @@ def _make(options: Options, num_envs: int, gpu: bool) -> Any:
         os.environ.setdefault("VK_ICD_FILENAMES", str(_ICDS / "lvp_icd.json"))  # Mesa's other drivers need devices
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's own threads only slow down a machine full of workers
     extra: dict[str, Any] = {} if options.robot is None else {"robot_uids": options.robot}
+    if options.image_size is not None:
+        extra["sensor_configs"] = {"width": options.image_size, "height": options.image_size}
+    # Where a task lacks the plain mode: segmentation beside the pictures, and no reward, for which success is enough.
+    task: Any = REGISTERED_ENVS[options.task].cls
+    pictures = "rgb+segmentation" if "rgb+segmentation" in task.SUPPORTED_OBS_MODES else "rgb"
+    sparse = "sparse" if "sparse" in task.SUPPORTED_REWARD_MODES else "none"
     try:
         env: Any = gymnasium.make(
             options.task,
             num_envs=num_envs,
-            obs_mode="rgb" if options.render else "none",
-            reward_mode="sparse" if options.reward == "sparse" else "normalized_dense",
+            obs_mode=pictures if options.render else "none",
+            reward_mode=sparse if options.reward == "sparse" else "normalized_dense",
             control_mode=options.control_mode,
             sim_backend="physx_cuda" if gpu else "physx_cpu",
             render_backend=("sapien_cuda" if cuda else "sapien_cpu") if options.render else "none",
             render_mode="rgb_array" if options.render else None,
-            sensor_configs={"width": options.image_size, "height": options.image_size},
             human_render_camera_configs={"width": 256, "height": 256},
             **extra,
         ).unwrapped
-    except (AssertionError, KeyError) as error:  # what ManiSkill makes of a name that it does not know
-        about = f"control_mode '{options.control_mode}', robot {options.robot or 'of its own'}"
+    except (AssertionError, KeyError, NotImplementedError) as error:  # what ManiSkill makes of what it does not know
+        about = f"control_mode '{options.control_mode}', robot {options.robot or 'of its own'}, reward '{options.reward}'"
         raise MMRLError(f"ManiSkill's {options.task} does not work with {about} ({error})") from error
     except RuntimeError as error:
         if "device" not in str(error).lower() and "vulkan" not in str(error).lower():
@@ -140,6 +161,15 @@ def _make(options: Options, num_envs: int, gpu: bool) -> Any:
         ) from error
     env._obs_mode = "none"  # see the module
     return env
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise MMRLError(
+            f"'environment.registered_by' is {module}, which cannot be imported ({error}); install its package"
+        ) from error
 
 
 def _seed(seed: int, task: int) -> int:

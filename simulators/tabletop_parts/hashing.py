@@ -14,15 +14,15 @@ from mmrl.numerics.hashing import mix, shift
 _BITS = 24  # a float32 holds integers of 24 bits exactly
 
 
-def _bits(key: int, ids_B: Tensor, first: Tensor | int, count: int) -> Tensor:
-    """24 random bits for each of ``count`` draws per id: int64 [B, count]."""
-    index = torch.arange(count, device=ids_B.device) + first
-    return shift(mix(mix(ids_B ^ key)[:, None] + index), 64 - _BITS)
+def _bits(key: int, ids_B: Tensor, first_B: Tensor | int, count: int) -> Tensor:
+    """24 random bits for each of ``count`` draws per id, from draw ``first_B`` on: int64 [count, B]."""
+    index_N1 = torch.arange(count, device=ids_B.device)[:, None]
+    return shift(mix(mix(ids_B ^ key) + (index_N1 + first_B)), 64 - _BITS)
 
 
 def uniform(key: int, ids_B: Tensor, count: int) -> Tensor:
     """``count`` numbers in [0, 1) per id: float32 [B, count]."""
-    return _bits(key, ids_B, 0, count).float() * 2.0**-_BITS
+    return (_bits(key, ids_B, 0, count).float() * 2.0**-_BITS).t()
 
 
 def normal(key: int, ids_B: Tensor, step_B: Tensor, count: int) -> Tensor:
@@ -31,6 +31,6 @@ def normal(key: int, ids_B: Tensor, step_B: Tensor, count: int) -> Tensor:
     The sum of four uniform numbers (Irwin-Hall), summed as integers: log and cos of Box-Muller may differ in the last bit
     between the vectorised body and the scalar tail of a kernel, and then an episode would depend on its slot.
     """
-    bits = _bits(key, ids_B, (step_B * (4 * count))[:, None], 4 * count)
-    total = bits.view(-1, count, 4).sum(-1) - (1 << (_BITS + 1))
-    return total.float() * (3.0**0.5 * 2.0**-_BITS)
+    bits_NB = _bits(key, ids_B, step_B * (4 * count), 4 * count)
+    total = bits_NB.unflatten(0, (count, 4)).sum(1) - (1 << (_BITS + 1))
+    return (total.float() * (3.0**0.5 * 2.0**-_BITS)).t()

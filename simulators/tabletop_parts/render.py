@@ -124,7 +124,7 @@ class Painter:
         return torch.cat([shadow_B2, layout.combination_BK.gather(1, order_BK), gripper_B1], dim=1), place_BN3
 
     def _paint_zones(self, canvas: Tensor, layout: Layout, centre_B3: Tensor | None) -> Tensor:
-        ids_B2 = layout.zone_colour_B2 + len(COLOURS) * (layout.family_B == PICK_PLACE).long()[:, None]
+        ids_B2 = (layout.zone_colour_2B + len(COLOURS) * (layout.family_B == PICK_PLACE).long()).t()
         place_B23 = layout.zone_B23
         self._stamp(canvas, self.zones, ids_B2, self._project(place_B23, centre_B3), self._palette_offset(layout))
         return canvas

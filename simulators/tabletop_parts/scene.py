@@ -1,6 +1,7 @@
 """What an episode is: its fixed layout and its changing state, drawn from the hash of its task id.
 
 Axes: B environments, K block slots (0 and 1 can be named, the others are distractors), 2 zone slots, 3 for (x, y, z).
+Layout and State keep the batch axis last, so that elementwise kernels run along it, and have views with the batch axis first.
 The workspace is [0, 1] x [0, 1], heights go up to CEILING. Absent objects stand at ABSENT, outside every camera.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from mmrl.numerics.hashing import salt
 from simulators.tabletop_parts.hashing import uniform
 from simulators.tabletop_parts.language import COLOURS, SHAPES, TEMPLATES, block_name
+from simulators.tabletop_parts.vectors import batch_last, constant
 
 BLOCK_RADIUS = 0.075
 BLOCK_HEIGHT = 0.06
@@ -36,27 +38,35 @@ _BLOCK_JITTER, _ZONE_JITTER, _SHIFT = 0.06, 0.03, 0.02
 _LAYOUT_KEY, _CHOICE_KEY = 1, 2
 
 
+def _unset() -> Tensor:
+    return torch.empty(0)
+
+
 @dataclass
 class Layout:
     """What stays the same through an episode."""
 
     task_B: Tensor  # int64
     family_B: Tensor  # int64, index into FAMILIES
-    combination_BK: Tensor  # int64
-    present_BK: Tensor  # bool
-    zone_colour_B2: Tensor  # int64
-    zone_B23: Tensor
+    combination_KB: Tensor  # int64
+    present_KB: Tensor  # bool
+    zone_colour_2B: Tensor  # int64
+    zone_32B: Tensor
     stacked_B: Tensor  # bool: the goal is block 1, not zone 0
     template_B: Tensor  # int64, index into the family's templates
     light_B: Tensor  # in [-1, 1]: how bright this episode is
     drift_B: Tensor  # in [-1, 1]: how pushed blocks slip
     # What judging needs at every step and no step changes; tasks.measure_start fills these in.
-    reach_B1: Tensor = field(default_factory=lambda: torch.empty(0))  # bool: the family is reach
-    sort_B1: Tensor = field(default_factory=lambda: torch.empty(0))  # bool: the family is sort
-    radius_B2: Tensor = field(default_factory=lambda: torch.empty(0))  # how near to its goal a block must lie
-    weight_B3: Tensor = field(default_factory=lambda: torch.empty(0))  # share of each stage in the progress
-    start_goal_B2: Tensor = field(default_factory=lambda: torch.empty(0))  # distance of blocks 0 and 1 to their goals
-    start_reach_B2: Tensor = field(default_factory=lambda: torch.empty(0))  # distance of the gripper to blocks 0 and 1
+    reach_B: Tensor = field(default_factory=_unset)  # bool: the family is reach
+    alone_B: Tensor = field(default_factory=_unset)  # bool: block 0 alone counts, as in every family but sort
+    onto_2B: Tensor = field(default_factory=_unset)  # bool: the goal of block 0 / 1 is on top of block 1
+    radius_B: Tensor = field(default_factory=_unset)  # how near to its goal a block must lie
+    weight_3B: Tensor = field(default_factory=_unset)  # share of each stage in the progress
+    start_22B: Tensor = field(default_factory=_unset)  # distance of blocks 0 and 1 to their goals, and of the gripper to them
+
+    @property
+    def combination_BK(self) -> Tensor:
+        return self.combination_KB.t()
 
     @property
     def colour_BK(self) -> Tensor:
@@ -66,17 +76,33 @@ class Layout:
     def shape_BK(self) -> Tensor:
         return self.combination_BK % len(SHAPES)
 
+    @property
+    def present_BK(self) -> Tensor:
+        return self.present_KB.t()
+
+    @property
+    def zone_B23(self) -> Tensor:
+        return self.zone_32B.permute(2, 1, 0)
+
 
 @dataclass
 class State:
     """What changes with every action."""
 
-    gripper_B3: Tensor
+    gripper_3B: Tensor
     open_B: Tensor  # 1 open, 0 closed
-    blocks_BK3: Tensor  # z is the height of the block's underside
+    blocks_3KB: Tensor  # z is the height of the block's underside
     held_B: Tensor  # int64: the slot in the gripper, or -1
-    queued_BA: Tensor  # the last command, which a delayed domain executes next
+    queued_AB: Tensor  # the last command, which a delayed domain executes next
     step_B: Tensor  # int64
+
+    @property
+    def gripper_B3(self) -> Tensor:
+        return self.gripper_3B.t()
+
+    @property
+    def blocks_BK3(self) -> Tensor:
+        return self.blocks_3KB.permute(2, 1, 0)
 
 
 Rows = TypeVar("Rows", Layout, State)
@@ -84,20 +110,18 @@ Rows = TypeVar("Rows", Layout, State)
 
 def choose(condition_B: Tensor, new: State, old: State) -> State:
     """``new`` where the condition holds, ``old`` elsewhere."""
-    rows = (-1, *([1] * 2))
-    shaped = {1: condition_B, 2: condition_B[:, None], 3: condition_B.view(rows)}
-    pairs = ((getattr(new, f.name), getattr(old, f.name)) for f in fields(State))
-    return State(*(torch.where(shaped[n.dim()], n, o) for n, o in pairs))
+    return State(*(torch.where(condition_B, getattr(new, f.name), getattr(old, f.name)) for f in fields(State)))
 
 
 def write_rows(target: Layout | State, source: Layout | State, index_M: Tensor) -> None:
-    """Overwrite the rows ``index_M`` of every tensor of ``target`` with ``source``'s."""
+    """Overwrite the environments ``index_M`` in every tensor of ``target`` with ``source``'s."""
     for f in fields(target):
-        getattr(target, f.name)[index_M] = getattr(source, f.name)
+        getattr(target, f.name)[..., index_M] = getattr(source, f.name)
 
 
 def take_rows(source: Rows, index_M: Tensor) -> Rows:
-    return type(source)(*(getattr(source, f.name)[index_M] for f in fields(source)))
+    """The environments ``index_M`` alone."""
+    return type(source)(*(getattr(source, f.name)[..., index_M] for f in fields(source)))
 
 
 @dataclass(frozen=True)
@@ -118,7 +142,7 @@ class Sampler:
     def family(self, task_M: Tensor) -> Tensor:
         """The family of each task: int64 [M]."""
         u_M = uniform(salt(self.seed, self.layout_split, _CHOICE_KEY), task_M, 1)[:, 0]
-        return torch.tensor(self.families, device=task_M.device)[_pick(u_M, len(self.families))]
+        return constant(self.families, task_M.device)[_pick(u_M, len(self.families))]
 
     def sample(self, task_B: Tensor) -> tuple[Layout, State]:
         """The episodes of these tasks at their first moment."""
@@ -132,26 +156,27 @@ class Sampler:
         present_BK = self._present(family_B, stacked_B, extra_BN[:, 1])
         zone_xy_B22, block_xy_BK2 = _place(objects_BN, extra_BN[:, 2:4], k)
         has_zones_B = (family_B != REACH) & ~stacked_B
-        blocks_BK3 = _on_the_table(block_xy_BK2)
+        zone_B23 = _on_the_table(torch.where(has_zones_B[:, None, None], zone_xy_B22, ABSENT))
+        blocks_BK3 = torch.where(present_BK[..., None], _on_the_table(block_xy_BK2), ABSENT)
         layout = Layout(
             task_B=task_B.clone(),
             family_B=family_B,
-            combination_BK=combination_BK,
-            present_BK=present_BK,
-            zone_colour_B2=_zone_colours(family_B, combination_BK // len(SHAPES), extra_BN[:, 4:6]),
-            zone_B23=_on_the_table(torch.where(has_zones_B[:, None, None], zone_xy_B22, ABSENT)),
+            combination_KB=batch_last(combination_BK),
+            present_KB=batch_last(present_BK),
+            zone_colour_2B=batch_last(_zone_colours(family_B, combination_BK // len(SHAPES), extra_BN[:, 4:6])),
+            zone_32B=batch_last(zone_B23.mT),
             stacked_B=stacked_B,
             template_B=self._template(family_B, extra_BN[:, 6]),
             light_B=extra_BN[:, 7] * 2 - 1,
             drift_B=extra_BN[:, 8] * 2 - 1,
         )
-        low, size = (torch.tensor(v, device=task_B.device) for v in ((0.2, 0.2, 0.15), (0.6, 0.6, 0.1)))
+        low_3, size_3 = constant(((0.2, 0.2, 0.15), (0.6, 0.6, 0.1)), task_B.device)
         state = State(
-            gripper_B3=low + extra_BN[:, 9:12] * size,
+            gripper_3B=batch_last(low_3 + extra_BN[:, 9:12] * size_3),
             open_B=torch.ones(b, device=task_B.device),
-            blocks_BK3=torch.where(present_BK[..., None], blocks_BK3, ABSENT),
+            blocks_3KB=batch_last(blocks_BK3.mT),
             held_B=torch.full_like(task_B, -1),
-            queued_BA=torch.tensor([0.0, 0.0, 0.0, -1.0], device=task_B.device).repeat(b, 1),
+            queued_AB=constant(((0.0,), (0.0,), (0.0,), (-1.0,)), task_B.device).repeat(1, b),
             step_B=torch.zeros_like(task_B),
         )
         return layout, state
@@ -179,7 +204,7 @@ class Sampler:
         return torch.cat([torch.ones_like(second_B)[:, None], second_B[:, None], others_BK], dim=1)
 
     def _template(self, family_B: Tensor, u_B: Tensor) -> Tensor:
-        counts_F = torch.tensor([len(t) for t in self.templates], device=u_B.device)
+        counts_F = constant(tuple(len(t) for t in self.templates), u_B.device)
         return (u_B * counts_F[family_B]).long()
 
     def instructions(self, layout: Layout) -> list[str]:
@@ -190,8 +215,8 @@ class Sampler:
                 layout.family_B,
                 layout.template_B,
                 layout.stacked_B.long(),
-                layout.zone_colour_B2[:, 0],
-                *layout.combination_BK[:, :NAMED].unbind(1),
+                layout.zone_colour_2B[0],
+                *layout.combination_KB[:NAMED],
             )
         ]
         return [
@@ -219,10 +244,10 @@ def _pick(u_B: Tensor, count: int) -> Tensor:
 def _place(u_BN: Tensor, shift_B2: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Positions of zones [B, 2, 2] and blocks [B, K, 2]: distinct grid cells, jittered so that nothing overlaps."""
     cells_BN = u_BN[:, :9].argsort(dim=1, stable=True)[:, : ZONES + k]
-    grid = torch.tensor(_GRID, device=u_BN.device)
+    grid = constant(_GRID, u_BN.device)
     centre_BN2 = torch.stack([grid[cells_BN % 3], grid[cells_BN // 3]], dim=-1)
-    jitter_N1 = torch.tensor([_ZONE_JITTER] * ZONES + [_BLOCK_JITTER] * k, device=u_BN.device)[:, None]
-    offset_BN2 = (u_BN[:, 9:].view(-1, ZONES + k, 2) * 2 - 1) * jitter_N1
+    jitter_N1 = constant((_ZONE_JITTER,) * ZONES + (_BLOCK_JITTER,) * k, u_BN.device)[:, None]
+    offset_BN2 = (u_BN[:, 9:].unflatten(1, (ZONES + k, 2)) * 2 - 1) * jitter_N1
     place_BN2 = centre_BN2 + offset_BN2 + ((shift_B2 * 2 - 1) * _SHIFT)[:, None]
     return place_BN2[:, :ZONES], place_BN2[:, ZONES:]
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simulators.tabletop_parts.physics import SUPPORT_RADIUS, constant, length
+from simulators.tabletop_parts.physics import SUPPORT_RADIUS
 from simulators.tabletop_parts.scene import BLOCK_HEIGHT, NAMED, REACH, SORT, Layout, State
+from simulators.tabletop_parts.vectors import batch_last, constant, squared
 
 GOAL_RADIUS = 0.09  # how close to a zone's centre a block must lie
 REACH_HEIGHT = 0.05  # below this the gripper counts as touching
@@ -26,51 +27,44 @@ class Verdict:
     """How B episodes stand."""
 
     success_B: Tensor  # bool
-    placed_B2: Tensor  # bool: block 0 / 1 lies released at its goal
-    goal_B23: Tensor  # where blocks 0 and 1 belong
-    goal_distance_B2: Tensor
-    reach_distance_B2: Tensor  # gripper to blocks 0 and 1, in space
+    placed_2B: Tensor  # bool: block 0 / 1 lies released at its goal
+    goal_32B: Tensor  # where blocks 0 and 1 belong
+    left_22B: Tensor  # distance in the plane of blocks 0 and 1 to their goals, and of the gripper to them in space
     distance_B: Tensor  # what still separates the task from success
     progress_B: Tensor
 
 
-def _goals(layout: Layout, blocks_B23: Tensor) -> Tensor:
-    on_top_B3 = blocks_B23[:, 1] + constant((0.0, 0.0, BLOCK_HEIGHT), blocks_B23.device)
-    first_B3 = torch.where(layout.stacked_B[:, None], on_top_B3, layout.zone_B23[:, 0])
-    return torch.stack([first_B3, layout.zone_B23[:, 1]], dim=1)
-
-
 def judge(layout: Layout, state: State, tolerance: float) -> Verdict:
     """Success, distances and progress of every environment; ``tolerance`` is the reach family's, in the plane."""
-    blocks_B23 = state.blocks_BK3[:, :NAMED]
-    goal_B23 = _goals(layout, blocks_B23)
-    to_goal_B23 = goal_B23 - blocks_B23
-    goal_distance_B2 = length(to_goal_B23, 2)
-    held_B2 = constant(range(NAMED), state.held_B.device) == state.held_B[:, None]
-    placed_B2 = (goal_distance_B2 < layout.radius_B2) & (to_goal_B23[..., 2].abs() < _LEVEL) & ~held_B2
-    to_block_B23 = blocks_B23 - state.gripper_B3[:, None]
-    plane_B2, reach_distance_B2 = length(to_block_B23, 2), length(to_block_B23, 3)
-    near_B2 = (plane_B2 < tolerance) & (state.gripper_B3[:, 2:] < REACH_HEIGHT)
-    done_B2 = torch.where(layout.reach_B1, near_B2, placed_B2)
-    success_B = torch.where(layout.sort_B1, done_B2.all(1, keepdim=True), done_B2)[:, 0]
-    left_B2 = torch.where(layout.reach_B1, reach_distance_B2, goal_distance_B2)
-    distance_B = torch.where(layout.sort_B1, left_B2.amax(1, keepdim=True), left_B2)[:, 0]
-    closer_B2 = 1 - (reach_distance_B2 / layout.start_reach_B2).clamp(max=1.0)
-    there_B2 = 1 - (goal_distance_B2 / layout.start_goal_B2).clamp(max=1.0)
-    closer_B1, held_B1, there_B1 = layout.weight_B3[:, None].unbind(-1)
-    stages_B2 = closer_B2 * closer_B1 + held_B2 * held_B1 + there_B2 * there_B1
-    progress_B2 = torch.where(placed_B2 & ~layout.reach_B1, 1.0, stages_B2)
-    first_B, second_B = progress_B2.unbind(1)
-    progress_B = torch.where(layout.sort_B1[:, 0], (first_B + second_B) * 0.5, first_B)
-    return Verdict(success_B, placed_B2, goal_B23, goal_distance_B2, reach_distance_B2, distance_B, progress_B)
+    blocks_32B, gripper_3B = state.blocks_3KB[:, :NAMED], state.gripper_3B
+    on_top_31B = blocks_32B[:, 1:] + constant((((0.0,),), ((0.0,),), ((BLOCK_HEIGHT,),)), blocks_32B.device)
+    goal_32B = torch.where(layout.onto_2B, on_top_31B, layout.zone_32B)
+    to_goal_32B, to_block_32B = goal_32B - blocks_32B, blocks_32B - gripper_3B[:, None]
+    plane_2B = squared(to_block_32B[:2])
+    space_2B = plane_2B + to_block_32B[2] * to_block_32B[2]
+    lengths_32B = torch.stack([plane_2B, squared(to_goal_32B[:2]), space_2B]).sqrt()
+    plane_2B, goal_2B, space_2B = lengths_32B
+    held_2B = constant(((0,), (1,)), state.held_B.device) == state.held_B
+    placed_2B = (goal_2B < layout.radius_B) & (to_goal_32B[2].abs() < _LEVEL) & ~held_2B
+    near_2B = (plane_2B < tolerance) & (gripper_3B[2] < REACH_HEIGHT)
+    first_B, second_B = torch.where(layout.reach_B, near_2B, placed_2B)
+    success_B = first_B & (second_B | layout.alone_B)
+    first_B, second_B = torch.where(layout.reach_B, space_2B, goal_2B)
+    distance_B = torch.where(layout.alone_B, first_B, torch.maximum(first_B, second_B))
+    left_22B = lengths_32B[1:]
+    there_2B, closer_2B = 1 - (left_22B / layout.start_22B).clamp(max=1.0)
+    closer_B, grasped_B, there_B = layout.weight_3B
+    stages_2B = closer_2B * closer_B + held_2B * grasped_B + there_2B * there_B
+    first_B, second_B = torch.where(placed_2B & ~layout.reach_B, 1.0, stages_2B)
+    progress_B = torch.where(layout.alone_B, first_B, (first_B + second_B) * 0.5)
+    return Verdict(success_B, placed_2B, goal_32B, left_22B, distance_B, progress_B)
 
 
 def measure_start(layout: Layout, state: State) -> None:
     """Write what judging a freshly drawn layout is relative to into it: its family's rules and the distances at the start."""
-    layout.reach_B1, layout.sort_B1 = ((layout.family_B == family)[:, None] for family in (REACH, SORT))
-    layout.radius_B2 = torch.where(layout.stacked_B, SUPPORT_RADIUS, GOAL_RADIUS)[:, None].repeat(1, NAMED)
-    layout.weight_B3 = constant(_STAGES, layout.family_B.device)[layout.family_B]
-    layout.start_goal_B2 = layout.start_reach_B2 = torch.ones_like(layout.radius_B2)
-    verdict = judge(layout, state, tolerance=0.0)
-    layout.start_goal_B2 = verdict.goal_distance_B2.clamp(min=0.05)
-    layout.start_reach_B2 = verdict.reach_distance_B2.clamp(min=0.05)
+    layout.reach_B, layout.alone_B = layout.family_B == REACH, layout.family_B != SORT
+    layout.onto_2B = torch.stack([layout.stacked_B, torch.zeros_like(layout.stacked_B)])
+    layout.radius_B = torch.where(layout.stacked_B, SUPPORT_RADIUS, GOAL_RADIUS)
+    layout.weight_3B = batch_last(constant(_STAGES, layout.family_B.device)[layout.family_B])
+    layout.start_22B = torch.ones(1, device=layout.family_B.device)
+    layout.start_22B = judge(layout, state, tolerance=0.0).left_22B.clamp(min=0.05)

@@ -264,6 +264,30 @@ def test_random_numbers_are_those_of_the_episode_and_its_decision() -> None:
     assert len(rewards.flatten().unique()) == rewards.numel() == 16
 
 
+@pytest.mark.parametrize("auto_reset", [True, False])
+def test_policy_and_critic_are_told_how_many_decisions_were_made(auto_reset: bool) -> None:
+    """A decision is two actions of the script, so the clock in the state tells the same."""
+    told = []
+
+    class Listening(ScriptedPolicy):
+        def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
+            self._check(observation)
+            return super().act(observation, draws, explore=explore)
+
+        def value(self, observation: Observation, draws: Draws) -> Tensor:
+            self._check(observation)
+            return super().value(observation, draws)
+
+        def _check(self, observation: Observation) -> None:
+            assert observation.state is not None and observation.elapsed_B is not None
+            expected_B = (observation.state[:, 1] / CHUNK).ceil()
+            assert observation.elapsed_B.tolist() == expected_B.tolist()
+            told.extend(observation.elapsed_B.tolist())
+
+    collect(ScriptedEnvironment(SCRIPTS, 3), Listening(), decisions=5, auto_reset=auto_reset)
+    assert set(told) >= {0, 1, 2}
+
+
 def test_nobody_acts_for_slots_that_are_idle() -> None:
     asked = []
 

@@ -27,7 +27,14 @@ from tests.core.tiny_run import FLOW_NOISE, GRPO, SUPERVISED
 CPU = torch.device("cpu")
 KINDS = {
     "ppo_flow_sde": (SUPERVISED, "stages.improve.micro_batch=3"),
-    "grpo_flow_sde": (GRPO, "policy.critic=null", "stages.improve.algorithm.kl_weight=0.1", "evaluation.every=2"),
+    "grpo_flow_sde": (
+        GRPO,
+        "policy.critic=null",
+        "stages.improve.algorithm.kl_weight=0.1",
+        "evaluation.every=1",
+        "stages.warm_start.evaluate_every=0",
+        "stages.improve.evaluate_every=2",
+    ),
     "ppo_flow_noise": FLOW_NOISE,
     "grpo_flow_noise": (*FLOW_NOISE, GRPO, "policy.critic=null"),
 }

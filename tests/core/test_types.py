@@ -132,6 +132,18 @@ def test_observations_select_and_join_rows() -> None:
     assert Observation.concat([blind, blind.select(torch.tensor([1]))]).instructions == ("x", "y", "y")
 
 
+def test_observations_keep_count_of_decisions() -> None:
+    plain = Observation({}, torch.zeros(3, 2), ("a", "b", "c"))
+    assert plain.select(torch.tensor([1])).elapsed_B is None and Observation.concat([plain, plain]).elapsed_B is None
+    counted = replace(plain, elapsed_B=torch.tensor([5, 0, 2]))
+    picked = counted.select(torch.tensor([2, 0])).to(torch.device("cpu"))
+    assert picked.elapsed_B is not None and picked.elapsed_B.tolist() == [2, 5]
+    joined = Observation.concat([picked, counted])
+    assert joined.elapsed_B is not None and joined.elapsed_B.tolist() == [2, 5, 5, 0, 2]
+    with pytest.raises(ShapeError, match="elapsed_B"):
+        replace(plain, elapsed_B=torch.zeros(2))
+
+
 def test_episode_records_select_and_join_rows() -> None:
     joined = EpisodeRecord.concat([episodes(2), episodes(3)])
     assert joined.task_ids_M.tolist() == [0, 1, 0, 1, 2] and joined.lengths_M.tolist() == [10, 11, 10, 11, 12]

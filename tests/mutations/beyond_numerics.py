@@ -85,6 +85,13 @@ PI0: tuple[Row, ...] = (
         "tests/policies/test_pi0_likelihood.py::test_log_probs_are_those_of_a_loop_over_samples_and_steps",
     ),
     (
+        "the time is lost where prefixes are kept",
+        "policies/pi0.py",
+        'if k in ("state", "elapsed") or not encoded',
+        'if k == "state" or not encoded',
+        "tests/contracts/test_policies.py::test_scoring_again_equals_the_rollout",
+    ),
+    (
         "critic never detached",
         "policies/pi0.py",
         "features.detach() if self.config.critic.detach else features",
@@ -101,15 +108,15 @@ PI0: tuple[Row, ...] = (
     (
         "suffix includes state",
         "policies/pi0.py",
-        '"suffix": lambda prefix, hidden: hidden[:, 1:].mean(1)',
-        '"suffix": lambda prefix, hidden: hidden[:, :1].mean(1)',
+        '"suffix": lambda prefix, hidden, inputs: hidden[:, 1:].mean(1)',
+        '"suffix": lambda prefix, hidden, inputs: hidden[:, :1].mean(1)',
         "tests/policies/test_pi0_likelihood.py::test_values_of_the_action_tokens_are_those_of_the_trained_steps",
     ),
     (
         "state token is an action token",
         "policies/pi0.py",
-        '"state_token": lambda prefix, hidden: hidden[:, 0]',
-        '"state_token": lambda prefix, hidden: hidden[:, 1]',
+        '"state_token": lambda prefix, hidden, inputs: hidden[:, 0]',
+        '"state_token": lambda prefix, hidden, inputs: hidden[:, 1]',
         "tests/policies/test_pi0_likelihood.py::test_values_do_not_depend_on_the_noise",
     ),
     (
@@ -192,8 +199,8 @@ PI0: tuple[Row, ...] = (
     (
         "statistics over padding",
         "policies/pi0.py",
-        "examples.actions_BHA[examples.mask_BH])",
-        "examples.actions_BHA.flatten(0, 1))",
+        "actions_BHA[examples.mask_BH])",
+        "actions_BHA.flatten(0, 1))",
         "tests/policies/test_pi0_checkpoint.py::test_statistics_are_mean_and_std_of_real_actions",
     ),
     (
@@ -219,7 +226,7 @@ PI0: tuple[Row, ...] = (
     ),
     (
         "adapters not merged",
-        "policies/pi0_parts/weights.py",
+        "policies/shared/adapters.py",
         "child.merge()",
         "child.unmerge()",
         "tests/policies/test_pi0_checkpoint.py::test_adapters_are_merged_when_saved",
@@ -227,8 +234,8 @@ PI0: tuple[Row, ...] = (
     (
         "cameras in env order",
         "policies/pi0.py",
-        'preprocess(inputs[f"image_{camera}"], size, dtype) for camera in self.config.cameras',
-        'preprocess(inputs[f"image_{camera}"], size, dtype) for camera in sorted(self.config.cameras)',
+        'preprocess(inputs[f"image_{camera}"], size, dtype) for camera in self.cameras',
+        'preprocess(inputs[f"image_{camera}"], size, dtype) for camera in sorted(self.cameras)',
         "tests/policies/test_pi0_upstream.py::test_cameras_are_told_apart",
     ),
     (
@@ -317,6 +324,20 @@ CORE: tuple[Row, ...] = (
         "rewards_TB=rewards_TB * valid_TB",
         "rewards_TB=rewards_TB",
         "tests/core/test_lost_episodes.py",
+    ),
+    (
+        "rollout: a restarted episode goes on counting",
+        "mmrl/rollout.py",
+        "self._ages_B = torch.where(ended_B, 0, self._ages_B)",
+        "pass",
+        "tests/core/test_rollout.py::test_policy_and_critic_are_told_how_many_decisions_were_made",
+    ),
+    (
+        "rollout: the final value is that of the decision before",
+        "mmrl/rollout.py",
+        "self._observation = self._timed(step.observation)",
+        "self._observation = replace(step.observation, elapsed_B=self._ages_B - 1)",
+        "tests/core/test_rollout.py::test_policy_and_critic_are_told_how_many_decisions_were_made",
     ),
     (
         "rollout: all decisions of an episode draw the same numbers",

@@ -169,10 +169,31 @@ CORE = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _BE
 _GYMNASIUM = runpy.run_path(str(Path(__file__).with_name("gymnasium_rows.py")))["GYMNASIUM"]
 GYMNASIUM = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _GYMNASIUM)
 
+_TOKENS = runpy.run_path(str(Path(__file__).with_name("token_vla_rows.py")))["TOKEN_VLA"]
+TOKEN_VLA = tuple(Mutation(f"token vla: {name}", *rest, tests=tuple(tests.split())) for name, *rest, tests in _TOKENS)
+
 _DATA = runpy.run_path(str(Path(__file__).with_name("data_sets.py")))["DATA"]
 DATA = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _DATA)
 
 ROBOTS = tuple(Mutation(name, *rest, tests=tuple(tests.split())) for name, *rest, tests in _ROBOTS["ROBOTS"])
 _EVALUATING = runpy.run_path(str(Path(__file__).with_name("evaluating.py")))["EVALUATING"]
 EVALUATING = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _EVALUATING)
-MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM, *DATA, *ROBOTS, *EVALUATING)
+_TABLETOP = runpy.run_path(str(Path(__file__).with_name("tabletop_rows.py")))["TABLETOP"]
+_ADAPTERS = runpy.run_path(str(Path(__file__).with_name("adapter_rows.py")))["ADAPTERS"]
+ADAPTERS = tuple(Mutation(name, *rest, tests=tuple(tests.split())) for name, *rest, tests in _ADAPTERS)
+TABLETOP = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _TABLETOP)
+MUTATIONS = (
+    *FLOW,
+    *ADVANTAGES,
+    *LOSSES,
+    *OTHERS,
+    *PI0,
+    *CORE,
+    *GYMNASIUM,
+    *TOKEN_VLA,
+    *DATA,
+    *ROBOTS,
+    *TABLETOP,
+    *ADAPTERS,
+    *EVALUATING,
+)

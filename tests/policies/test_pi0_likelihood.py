@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
+from mmrl.errors import MMRLError
 from mmrl.types import Decision, Evaluation
 from policies.pi0 import Pi0
-from policies.pi0_parts.heads import CriticHead, NoiseHead
+from policies.pi0_parts.heads import NoiseHead
 from policies.pi0_parts.options import CriticConfig
 from policies.pi0_parts.sampling import Sampler
+from policies.shared.heads import TIME_FEATURES, CriticHead, time_features
 from tests.policies import tiny
 
 SAMPLERS = ("flow_sde", "flow_noise", "cps")
@@ -313,6 +316,26 @@ def test_values_of_the_action_tokens_are_those_of_the_trained_steps(architecture
     policy = built(architecture, critic=CriticConfig(inputs=("suffix",)))
     assert (values_of(policy, 1) - values_of(policy, 2)).abs().max() > 1e-4
     assert torch.equal(policy.value(tiny.observation(5), tiny.draws(1)), values_of(policy, 1))
+
+
+def test_a_critic_that_knows_the_time_says_other_values_later_and_nothing_else_changes(architecture: str) -> None:
+    policy = built(architecture, critic=CriticConfig(inputs=("state_token", "time"), hidden=(16,)))
+    early, late = (replace(tiny.observation(5), elapsed_B=torch.full((5,), n)) for n in (0, 3))
+    ours, theirs = (policy.act(seen, tiny.draws(1), explore=True) for seen in (early, late))
+    assert torch.equal(ours.action_BCA, theirs.action_BCA) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
+    assert ours.values_B is not None and theirs.values_B is not None
+    assert (ours.values_B - theirs.values_B).abs().min() > 1e-3
+    torch.testing.assert_close(policy.value(late, tiny.draws(3)), theirs.values_B, rtol=1e-5, atol=1e-6)
+    with pytest.raises(MMRLError, match="inputs has 'time'"):
+        policy.act(tiny.observation(5), tiny.draws(1), explore=True)
+    policy.act(tiny.observation(5), tiny.draws(1), explore=False)  # asks no critic
+
+
+def test_times_are_told_apart() -> None:
+    """From one decision to the next, and over episodes of hundreds."""
+    features = time_features(torch.arange(400))
+    assert features.shape == (400, TIME_FEATURES)
+    assert torch.pdist(features).min() > 0.05
 
 
 def test_a_fresh_critic_says_zero(architecture: str) -> None:

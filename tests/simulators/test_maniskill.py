@@ -14,7 +14,7 @@ from mmrl.errors import MMRLError
 from mmrl.types import Observation
 from mmrl.workers.environment import WorkerEnvironment
 from simulators.maniskill import ManiSkill
-from simulators.maniskill_parts.options import INSTRUCTIONS, Options, sentences
+from simulators.maniskill_parts.options import INSTRUCTIONS, Options, in_words, sentences
 
 CPU = torch.device("cpu")
 EXPERTS = ("PushCube-v1", "PullCube-v1", "PickCube-v1", "StackCube-v1", "PlaceSphere-v1")
@@ -139,4 +139,40 @@ def test_what_does_not_exist_is_named(make: Make, fields: dict[str, str], match:
 def test_sentences() -> None:
     assert sentences(Options(task="PushCube-v1", instructions=("go",))) == ("go",)
     assert sentences(Options(task="PlaceSphere-v1")) == INSTRUCTIONS["PlaceSphere-v1"]
-    assert sentences(Options(task="PickClutterYCB-v1"))[0].startswith("pick clutter")
+    assert sentences(Options(task="PickClutterYCB-v1")) == ()
+    assert in_words("PickClutterYCB-v1").startswith("pick clutter")
+
+
+def test_a_task_of_another_package_in_modes_of_its_own(make: Make) -> None:
+    """Registered by a module that is named; pictures with segmentation alone, no reward of its own, but sentences."""
+    fields = {"task": "PushCubeLikeBridge-v1", "registered_by": "tests.simulators.bridge_like", "backend": "gpu"}
+    environment = make(render=True, control_mode=None, image_size=None, max_steps=3, **fields)
+    observation = environment.reset(torch.tensor([4]))
+    assert observation.instructions == ("put carrot on plate",)
+    assert images_of(observation).shape == (1, 128, 128, 3)  # the camera's own size
+    assert environment.action_spec.dim == 8  # pd_joint_delta_pos, the robot's default
+    step = environment.step(torch.zeros(1, 4, 8))
+    assert step.rewards_BC.tolist() == [[0.0] * 4] and bool(step.truncated_B)
+    with pytest.raises(MMRLError, match=r"'environment\.registered_by' is no_such_module, which cannot be imported"):
+        make(task="PushCube-v1", registered_by="no_such_module", backend="gpu")
+    with pytest.raises(MMRLError, match="reward 'dense'"):
+        make(control_mode=None, reward="dense", **fields)
+
+
+def test_progress_adds_up_to_the_dense_reward(make: Make) -> None:
+    """Its sum is what the dense reward is at that moment, 1 with success; each episode starts from nothing."""
+    dense, progress = (
+        make(task="PullCube-v1", control_mode="pd_ee_delta_pos", reward=reward, expert_speed=0.8)
+        for reward in ("dense", "progress")
+    )
+    for task in (2, 3):
+        for environment in (dense, progress):
+            environment.reset(torch.tensor([task]))
+        total, done = 0.0, False
+        while not done:
+            action = dense.expert_action()
+            steps = [environment.step(action[:, None]) for environment in (dense, progress)]
+            total += float(steps[1].rewards_BC)
+            assert total == pytest.approx(float(steps[0].rewards_BC), abs=1e-4)
+            done = bool(steps[0].done_B)
+        assert total == pytest.approx(1.0, abs=1e-4)

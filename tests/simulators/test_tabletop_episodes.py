@@ -153,6 +153,17 @@ def test_sparse_pays_success_once_and_dense_adds_the_progress_made() -> None:
     torch.testing.assert_close(sums[1], sums[0] + steps[1].metrics["progress"], atol=1e-5, rtol=0)
 
 
+def test_the_batch_axis_stays_last_in_memory() -> None:
+    """Otherwise kernels run along two or three numbers at a time, and a step takes a third longer."""
+    ids = torch.arange(16)
+    env = make(16, render=False)
+    for where in (None, ids < 5):
+        env.reset(ids, where)
+        env.step(actions_for(ids, 2))
+        tensors = {**vars(env._layout), **vars(env._state), "goal": env._verdict.goal_32B}
+        assert not [name for name, tensor in tensors.items() if tensor.shape[-1] != 16 or not tensor.is_contiguous()]
+
+
 def named_pairs(instruction: str) -> set[tuple[str, str]]:
     words = instruction.split()
     return {(a, b) for a, b in itertools.pairwise(words) if a in COLOURS and b in SHAPES}
