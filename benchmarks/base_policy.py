@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from mmrl.config import MeasuringConfig
 from mmrl.evaluation import evaluate
 from mmrl.progress import Quiet
 from policies.pi0 import Pi0
@@ -35,9 +36,8 @@ def main() -> None:
         for split, patience in product(("train", "held_out"), (1, 2)):
             limits = {family: DEFAULT_MAX_STEPS[family] * patience}
             environment = Tabletop(Tabletop.Config((family,), split=split, max_steps=limits), num_envs=256, device=cpu)
-            result = evaluate(
-                policy, environment, episodes=arguments.episodes, first_task=1_000_000, seed=0, device=cpu, progress=Quiet()
-            )
+            settings = MeasuringConfig(episodes=arguments.episodes)
+            result = evaluate(policy, environment, settings, seed=0, device=cpu, progress=Quiet())
             cells.append(f"{result.success:.1%} [{result.low:.1%}, {result.high:.1%}]")
         print(f"| {family} | {' | '.join(cells)} |", flush=True)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -87,12 +88,32 @@ def train(
 
 @app.command("evaluate")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or the YAML file it was started from.")],
-    overrides: Overrides = None,
-    episodes: Annotated[int | None, typer.Option(min=1, help="Episodes to play, instead of the config's.")] = None,
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A policy's folder or hub id, or a run's folder, such as runs/quickstart.")
+    ],
+    config_and_overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file of a run or of an evaluation, and changes to it."),
+    ] = None,
+    episodes: Annotated[int | None, typer.Option(min=1, help="Instead of the config's evaluation.episodes.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="What to write, instead of evaluations/NAME; only with CONFIG.")
+    ] = None,
 ) -> None:
-    """Measure the policy of a run on held-out episodes."""
-    _commands().evaluate(run, overrides or [], episodes)
+    """Measure a policy on held-out episodes.
+
+    With CONFIG the results get a folder of their own, and the last line printed is the path of their report; without it,
+    CHECKPOINT is a run, which is measured as its own config says and gets the results.
+    """
+    given = config_and_overrides or []
+    config, overrides = (given[0], given[1:]) if given and "=" not in given[0] else (None, given)
+    if config is None:
+        if output is not None:
+            raise ConfigError("--output needs a CONFIG after the checkpoint; without one the results go to the run's folder")
+        _commands().evaluate(checkpoint, overrides, episodes)
+        return
+    with _saving_nothing():
+        typer.echo(_commands().measure(checkpoint, Path(config), overrides, episodes, output))
 
 
 @app.command("collect")
@@ -101,11 +122,8 @@ def collect(
     overrides: Overrides = None,
 ) -> None:
     """Save episodes of the scripted expert or of a policy as a data set; the last line printed is its folder."""
-    try:
+    with _saving_nothing():
         typer.echo(_commands().collect(config, overrides or []))
-    except KeyboardInterrupt:
-        typer.secho("Interrupted; nothing was saved.", fg=typer.colors.YELLOW, err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 @app.command("statistics")
@@ -121,7 +139,7 @@ def statistics(
 
 @app.command("report")
 def report(run: Run) -> None:
-    """Write a run's report.html again and print its path."""
+    """Write the report.html of a run, or of an evaluation, again and print its path."""
     typer.echo(_commands().build_report(run))
 
 
@@ -146,6 +164,16 @@ def main() -> None:
 def _commands() -> ModuleType:
     """``mmrl.commands``, which loads torch: only once there is something to do."""
     return importlib.import_module("mmrl.commands")
+
+
+@contextmanager
+def _saving_nothing() -> Iterator[None]:
+    """Around work that leaves its results whole or not at all."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.secho("Interrupted; nothing was saved.", fg=typer.colors.YELLOW, err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def _until_interrupted(run_dir: Path, work: Callable[[], Path]) -> None:

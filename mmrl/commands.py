@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mmrl import collecting, doctor, normalisation, playback, progress, report, trainer
+from mmrl import collecting, doctor, measuring, normalisation, playback, progress, report, trainer
 from mmrl import config as configuration
 from mmrl.describe import describe
 from mmrl.errors import ConfigError
@@ -20,13 +20,11 @@ def plan(config: Path, overrides: Sequence[str], name: str | None) -> tuple[conf
     changes = [*overrides, *([f"name={name}"] if name is not None else [])]
     loaded = configuration.load(config, changes)
     wanted = Path(loaded.output) / loaded.name
-    if not _occupied(wanted):
+    fresh = _free(wanted)
+    if fresh == wanted:
         return loaded, wanted, ""
     if any(change.startswith("name=") for change in changes):
         raise ConfigError(f"{wanted}: is a run already; continue it with --resume {wanted}, or choose another name=NAME")
-    counter = 2
-    while _occupied(fresh := wanted.with_name(f"{wanted.name}-{counter}")):
-        counter += 1
     note = f"{wanted} is a run already (--resume {wanted} would continue it); this one goes to {fresh}."
     return loaded.model_copy(update={"name": fresh.name}), fresh, note
 
@@ -41,12 +39,28 @@ def resume(run: Path) -> Path:
     return report.build(trainer.resume(existing_run(run), progress.make()))
 
 
-def evaluate(run: Path, overrides: Sequence[str], episodes: int | None) -> None:
+def evaluate(run: str, overrides: Sequence[str], episodes: int | None) -> None:
     """Measure a run's policy. ``run`` is its folder, or the YAML file it was started from."""
-    if run.is_file():
-        loaded = configuration.load(run)
-        run = Path(loaded.output) / loaded.name
-    playback.evaluate_run(existing_run(run), overrides, episodes, progress.make())
+    path = Path(run)
+    if path.is_file():
+        loaded = configuration.load(path)
+        path = Path(loaded.output) / loaded.name
+    playback.evaluate_run(existing_run(path), overrides, episodes, progress.make())
+
+
+def measure(checkpoint: str, config: Path, overrides: Sequence[str], episodes: int | None, output: Path | None) -> Path:
+    """Measure a checkpoint under a configuration; the path of the report.
+
+    output: the folder to write, which must be free; None: ``output``/``name`` of the configuration, or where that is taken and
+    the name was not chosen by an override, with the first free counter.
+    """
+    changes = [*overrides, *([f"evaluation.episodes={episodes}"] if episodes is not None else [])]
+    loaded = measuring.load_measurement(config, changes)
+    wanted = output or Path(loaded.output) / loaded.name
+    fresh = _free(wanted)
+    if fresh != wanted and (output is not None or any(change.startswith("name=") for change in overrides)):
+        raise ConfigError(f"{wanted}: is there already; choose another folder with --output FOLDER or another name=NAME")
+    return measuring.measure(checkpoint, loaded, fresh, progress.make())
 
 
 def collect(config: Path, overrides: Sequence[str]) -> Path:
@@ -59,8 +73,9 @@ def statistics(data: Path, overrides: Sequence[str], stage: str | None, output: 
     return normalisation.compute(data, overrides, stage, output, progress.make())
 
 
-def build_report(run: Path) -> Path:
-    return report.build(existing_run(run))
+def build_report(folder: Path) -> Path:
+    """Of a run, or of what ``measure`` left."""
+    return report.build_evaluation(folder) if report.is_evaluation(folder) else report.build(existing_run(folder))
 
 
 def show_config(config: Path, overrides: Sequence[str]) -> str:
@@ -75,6 +90,14 @@ def existing_run(path: Path) -> Path:
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path}: is no run (it has no config.yaml); a run is a folder such as runs/quickstart")
     return path
+
+
+def _free(wanted: Path) -> Path:
+    """``wanted``, or where something is there already with the first free counter."""
+    fresh, counter = wanted, 2
+    while _occupied(fresh):
+        fresh, counter = wanted.with_name(f"{wanted.name}-{counter}"), counter + 1
+    return fresh
 
 
 def _occupied(path: Path) -> bool:

@@ -20,7 +20,7 @@ from mmrl.component import Component, Problems, jsonable, merge, validate
 from mmrl.errors import ConfigError
 from mmrl.optim import OptimizerConfig
 
-__all__ = ["Block", "Component", "OptimizerConfig", "RunConfig", "device_name", "dump", "load", "load_as"]
+__all__ = ["Block", "Component", "OptimizerConfig", "RunConfig", "device_name", "dump", "load", "load_as", "resolved"]
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -89,23 +89,33 @@ class StageConfig(Block):
     """Iterations between evaluations within this stage; null: ``evaluation.every``."""
 
 
-class EvaluationConfig(Block):
-    """How the policy is measured, before and after each stage and perhaps within it."""
+class MeasuringConfig(Block):
+    """On which episodes a policy is measured."""
 
     episodes: PositiveInt = 512
-    """Episodes before and after each stage."""
+    """Episodes to play, each of another task id."""
+    per_task: bool = False
+    """Whether ``episodes`` are those of each task (family) instead of all together."""
+    first_task: NonNegativeInt = 1_000_000
+    """Id of the first evaluation task; training draws its ids below it."""
     num_envs: PositiveInt = 256
-    """Environments that run in lock-step."""
-    every: NonNegativeInt = 0
-    """Iterations between evaluations within a stage; 0 evaluates before and after each stage only."""
-    episodes_during: PositiveInt | None = None
-    """Episodes of an evaluation within a stage; null takes ``episodes``."""
+    """Environments that run in lock-step; the results do not depend on it."""
+    act_batch: PositiveInt = 32
+    """Observations that the policy is asked about at once, the missing ones filled up: the results depend on it as far as
+    rounding does, and fewer are cheaper where few environments run."""
     videos: NonNegativeInt = 8
     """Episodes recorded for the report."""
     environment: dict[str, Any] = Field(default_factory=dict)
     """Fields of the environment that differ when evaluating, such as ``split: held_out``."""
-    first_task: NonNegativeInt = 1_000_000
-    """Id of the first evaluation task; training draws its ids below it."""
+
+
+class EvaluationConfig(MeasuringConfig):
+    """How the policy of a run is measured, before and after each stage and perhaps within it."""
+
+    every: NonNegativeInt = 0
+    """Iterations between evaluations within a stage; 0 evaluates before and after each stage only."""
+    episodes_during: PositiveInt | None = None
+    """``episodes`` of an evaluation within a stage; null takes the same."""
 
 
 class CheckpointConfig(Block):
@@ -159,7 +169,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_as(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
     """``load`` for another kind of configuration, without the checks that are a run's own."""
-    data = _resolved(Path(path), overrides)
+    data = resolved(Path(path), overrides)
     try:
         return validate(kind, data)
     except Problems as error:
@@ -179,7 +189,7 @@ def plain(config: RunConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------- reading
 
 
-def _resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def resolved(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The file over its base, under the overrides, interpolations replaced, as plain data."""
     data = _read(path, ())
     try:

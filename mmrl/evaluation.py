@@ -2,230 +2,168 @@
 
 from __future__ import annotations
 
-import json
+import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from itertools import count
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
-from torch import Tensor
 
-from mmrl.checkpoint import atomic_write_text
-from mmrl.errors import TrainingError
-from mmrl.numerics.draws import Draws
+from mmrl.config import MeasuringConfig
+from mmrl.errors import ConfigError, TrainingError
 from mmrl.numerics.statistics import wilson_interval
+from mmrl.playing import ATTEMPTS, Played, Player, Reel
 from mmrl.progress import Progress
-from mmrl.protocols import Environment, Policy, RenderEnvironment
-from mmrl.report.video import write_animation
-from mmrl.seeding import derive_seed
-from mmrl.types import Observation
+from mmrl.protocols import Environment, Policy
 
-VIDEO_FPS = 10
-ATTEMPTS = 3  # how often an episode is played that the simulator loses
+_FIRST_LOOK, _LAST_LOOK = 2**12, 2**20  # ids that are looked at for so many of each family
 
 
 @dataclass(frozen=True)
 class FamilyResult:
-    """Success of one task family with its 95 % Wilson interval, and mean and standard deviation of the undiscounted return.
+    """Success of one task family with its 95 % Wilson interval, how its episodes ended, and what they earned.
 
-    The standard deviation is over episodes (unbiased; 0 where there is only one).
+    episodes: those that count, each a success, a failure (the task ended by itself, without success) or a time-out. lost: those
+    that the simulator lost at every attempt, which do not count. return_, return_std: mean and standard deviation (unbiased; 0
+    where there is only one) of the undiscounted return over the episodes; length: their mean in env steps. A family without
+    episodes has zeros, and an interval from 0 to 1.
     """
 
     success: float
-    episodes: int
     low: float
     high: float
+    episodes: int
+    successes: int
+    failures: int
+    timeouts: int
+    lost: int
     return_: float
     return_std: float
+    length: float
+
+    @classmethod
+    def of(cls, played: Sequence[Played], /, **more: Any) -> Self:
+        """The result of these episodes; ``more`` are the fields that a subclass has beside."""
+        counted = [episode for episode in played if episode.outcome != "lost"]
+        n, ended = len(counted), [episode.outcome for episode in played]
+        low, high = wilson_interval(successes := ended.count("success"), n)
+        returns = [episode.return_ for episode in counted]
+        return cls(
+            success=successes / n if n else 0.0,
+            low=low,
+            high=high,
+            episodes=n,
+            successes=successes,
+            failures=ended.count("failure"),
+            timeouts=ended.count("timeout"),
+            lost=ended.count("lost"),
+            return_=statistics.fmean(returns) if n else 0.0,
+            return_std=statistics.stdev(returns) if n > 1 else 0.0,
+            length=statistics.fmean(episode.steps for episode in counted) if n else 0.0,
+            **more,
+        )
 
     def row(self) -> dict[str, Any]:
         """As it stands in metrics.jsonl, where the mean is called ``return``."""
-        out = asdict(self)
-        out["return"] = out.pop("return_")
-        return out
+        return {field.name.rstrip("_"): getattr(self, field.name) for field in fields(FamilyResult)}
 
 
 @dataclass(frozen=True)
 class EvaluationResult(FamilyResult):
-    """Success and return over all episodes and per family; ``length`` is the mean in env steps.
+    """The same over all episodes, by family, and the episodes themselves in the order of their ids."""
 
-    lost: episodes that the simulator lost at every attempt; they are not among ``episodes``.
-    """
-
-    length: float
     families: Mapping[str, FamilyResult]
+    played: Sequence[Played]
     seconds: float
-    lost: int = 0
 
     def row(self) -> dict[str, Any]:
-        """The result as a row of metrics.jsonl."""
-        return {**super().row(), "families": {name: family.row() for name, family in self.families.items()}}
+        """The result as a row of metrics.jsonl, without the episodes."""
+        families = {name: family.row() for name, family in self.families.items()}
+        return {**super().row(), "families": families, "seconds": self.seconds}
 
     def sentence(self) -> str:
         success = f"success {self.success:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        others = f"{self.failures} failed, {self.timeouts} ran out of time"
         lost = f" ({self.lost} more were lost by the simulator)" if self.lost else ""
-        return f"{success}, return {self.return_:.4g} ± {self.return_std:.2g} (std) over {self.episodes} episodes{lost}"
+        returns = f"return {self.return_:.4g} ± {self.return_std:.2g} (std)"
+        return f"{success}, {returns} over {self.episodes} episodes{lost}; {others}"
 
 
-@dataclass
-class _Film:
-    """Frames of the first few slots of an evaluation."""
-
-    slots_M: Tensor
-    frames: list[Tensor]
-
-    def shoot(self, environment: Environment) -> None:
-        if isinstance(environment, RenderEnvironment) and len(self.slots_M):
-            self.frames.append(environment.render_video(self.slots_M).cpu())
-
-
-@torch.no_grad()
 def evaluate(
     policy: Policy,
     environment: Environment,
+    settings: MeasuringConfig,
     *,
-    episodes: int,
-    first_task: int,
     seed: int,
     device: torch.device,
     progress: Progress,
-    videos: int = 0,
-    video_folder: Path | None = None,
-    label: str = "",
-    stage: str = "",
+    reel: Reel | None = None,
 ) -> EvaluationResult:
-    """Run the tasks ``first_task ..`` once each, ``num_envs`` at a time; exactly ``episodes`` count.
+    """Play the tasks that ``settings`` asks for once each, ``num_envs`` of the environment at a time.
 
-    An episode that the simulator loses is played again, ATTEMPTS times in all, and then left out and counted. Raises
-    TrainingError where none is left.
-
-    ``videos`` of the first ``num_envs`` episodes, taken from the families in turn before anything ran, go to ``video_folder``.
-    The numbers depend on policy, tasks and seed; not on what is filmed, and on ``num_envs`` only as far as the rounding of matrix
-    products does: each episode draws random numbers of its own.
+    Without ``reel`` nothing is filmed; with it, ``settings.videos`` tasks are, taken from the families in turn before anything
+    ran. The numbers depend on policy, tasks, seed and ``settings.act_batch``, and neither on ``num_envs`` nor on what is filmed.
+    Raises TrainingError where the simulator lost every episode.
     """
     started = time.perf_counter()
-    rounds: list[dict[str, Tensor]] = []
-    pending_M = torch.arange(first_task, first_task + episodes, device=device)
-    with progress.task(f"evaluating {label}".strip(), episodes) as advance:
-        for _ in range(ATTEMPTS):
-            lost: list[Tensor] = []
-            for tasks in pending_M.split(environment.num_envs):
-                missing = environment.num_envs - len(tasks)
-                tasks_B = torch.cat([tasks, tasks[-1:].expand(missing)])
-                slots = (
-                    _video_slots(environment.family_of(tasks), videos)
-                    if not rounds and video_folder is not None
-                    else torch.zeros(0).long()
-                )
-                film = _Film(slots, [])
-                outcome, instructions = _play(policy, environment, tasks_B, seed, film)
-                if video_folder is not None and film.frames:
-                    _save_films(film, outcome, instructions, environment.family_of(tasks_B), video_folder, label, stage)
-                rounds.append({name: value[: len(tasks)] for name, value in outcome.items()})
-                lost.append(tasks[rounds[-1]["lost"]])
-                advance(len(tasks) - len(lost[-1]))
-            pending_M = torch.cat(lost)
-            if len(pending_M) == 0:
-                break
-    results = {name: torch.cat([r[name][~r["lost"]] for r in rounds]).cpu() for name in rounds[0]}
-    if len(results["task"]) == 0:
-        raise TrainingError(f"the simulator lost each of {episodes} evaluation episodes {ATTEMPTS} times; see `mmrl doctor`")
-    by_family: dict[str, list[int]] = defaultdict(list)
-    for episode, family in enumerate(environment.family_of(results["task"])):
-        by_family[family].append(episode)
-    families = {name: _family(results, episodes) for name, episodes in sorted(by_family.items())}
-    overall = _family(results, list(range(len(results["task"]))))
-    return EvaluationResult(
-        **asdict(overall),
-        length=float(results["steps"].float().mean()),
-        families=families,
-        seconds=time.perf_counter() - started,
-        lost=len(pending_M),
+    tasks = choose_tasks(environment, settings)
+    player = Player(policy, environment, seed=seed, act_batch=settings.act_batch, device=device)
+    with progress.task("evaluating", len(tasks)) as advance:
+        filmed = in_turn(_by_family(environment, tasks), settings.videos) if reel else ()
+        played = player.play(tasks, advance, reel, filmed)
+    return result_of(played, time.perf_counter() - started)
+
+
+def result_of(played: Sequence[Played], seconds: float) -> EvaluationResult:
+    """The numbers of an evaluation. Raises TrainingError where no episode counts."""
+    if all(episode.outcome == "lost" for episode in played):
+        raise TrainingError(f"the simulator lost each of {len(played)} evaluation episodes {ATTEMPTS} times; see `mmrl doctor`")
+    by_family: dict[str, list[Played]] = defaultdict(list)
+    for episode in played:
+        by_family[episode.family].append(episode)
+    families = {name: FamilyResult.of(episodes) for name, episodes in sorted(by_family.items())}
+    return EvaluationResult.of(played, families=families, played=played, seconds=seconds)
+
+
+def choose_tasks(environment: Environment, settings: MeasuringConfig) -> list[int]:
+    """The ids to play, in order: those from ``first_task`` on, or with ``per_task`` the first ``episodes`` of each family.
+
+    The families are those that occur among the first 4096 ids. Raises ConfigError if one of them is so rare that a million ids
+    do not hold enough of it.
+    """
+    first, wanted = settings.first_task, settings.episodes
+    if not settings.per_task:
+        return list(range(first, first + wanted))
+    look, known = _FIRST_LOOK, list(_by_family(environment, range(first, first + _FIRST_LOOK)))
+    while True:
+        by_family = _by_family(environment, range(first, first + look))
+        if all(len(by_family[name]) >= wanted for name in known):
+            return sorted(task for name in known for task in by_family[name][:wanted])
+        if look == _LAST_LOOK:
+            break
+        look *= 4
+    rare = min(known, key=lambda name: len(by_family[name]))
+    raise ConfigError(
+        f"'evaluation.episodes' is {wanted} of each task, but among {look} ids only {len(by_family[rare])} are of {rare}; "
+        "ask for fewer"
     )
 
 
-def _family(results: Mapping[str, Tensor], episodes: list[int]) -> FamilyResult:
-    count, n = round(float(results["success"][episodes].sum())), len(episodes)
-    returns = results["return"][episodes].double()
-    spread = float(returns.std()) if n > 1 else 0.0
-    return FamilyResult(count / n, n, *wilson_interval(count, n), float(returns.mean()), spread)
+def slots_of(settings: MeasuringConfig) -> int:
+    """Environments to build: ``num_envs``, or fewer where there are fewer episodes to play."""
+    return settings.num_envs if settings.per_task else min(settings.num_envs, settings.episodes)
 
 
-def _video_slots(families: tuple[str, ...], videos: int) -> Tensor:
-    """``videos`` slots, shared among the families in turn."""
-    by_family: dict[str, list[int]] = defaultdict(list)
-    for slot, family in enumerate(families):
-        by_family[family].append(slot)
-    chosen: list[int] = []
-    while len(chosen) < videos and any(by_family.values()):
-        for family in sorted(by_family):
-            if by_family[family] and len(chosen) < videos:
-                chosen.append(by_family[family].pop(0))
-    return torch.tensor(sorted(chosen), dtype=torch.long)
+def in_turn(groups: Mapping[str, Sequence[int]], most: int) -> list[int]:
+    """At most ``most`` tasks: the first of each group, then the second of each, and so on."""
+    ranked = sorted((rank, name, task) for name, tasks in groups.items() for rank, task in enumerate(tasks))
+    return [task for _, _, task in ranked[:most]]
 
 
-def _play(
-    policy: Policy, environment: Environment, tasks_B: Tensor, seed: int, film: _Film
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """One episode per slot: success, return, env steps and whether the simulator lost it [B], and the instructions."""
-    observation: Observation = environment.reset(tasks_B)
-    instructions = observation.instructions
-    done_B = torch.zeros_like(tasks_B, dtype=torch.bool)
-    success_B, return_B, steps_B = (torch.zeros(tasks_B.shape, device=tasks_B.device) for _ in range(3))
-    film.shoot(environment)
-    stream = derive_seed(seed, "evaluation")
-    for t in count():
-        if bool(done_B.all()):
-            break
-        rows = (~done_B).nonzero()[:, 0]
-        draws = Draws.of(stream, tasks_B[rows], t)
-        action_BCA = policy.act(observation.select(rows), draws, explore=False).spread(rows, len(tasks_B)).action_BCA
-        # One action at a time while filming: the same episode, but every frame is seen.
-        pieces = action_BCA.split(1, dim=1) if film.frames else (action_BCA,)
-        for piece in pieces:
-            step = environment.step(piece)
-            return_B += (step.rewards_BC * step.valid_BC).sum(1) * ~done_B
-            steps_B += step.valid_BC.sum(1) * ~done_B
-            success_B = torch.where(done_B, success_B, step.metrics["success"].to(success_B.dtype))
-            done_B = done_B | step.done_B
-            if film.frames:
-                film.shoot(environment)
-        observation = step.observation
-    outcome = {"success": success_B, "return": return_B, "steps": steps_B, "task": tasks_B, "lost": step.lost_B}
-    return outcome, instructions
-
-
-def _save_films(
-    film: _Film,
-    outcome: Mapping[str, Tensor],
-    instructions: tuple[str, ...],
-    families: tuple[str, ...],
-    folder: Path,
-    label: str,
-    stage: str,
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    frames_TM = torch.stack(film.frames)
-    for m, slot in enumerate(film.slots_M.tolist()):
-        if bool(outcome["lost"][slot]):
-            continue
-        steps = int(outcome["steps"][slot])
-        name = f"{stage}-{label}-{slot:04d}"
-        success = bool(outcome["success"][slot] > 0.5)
-        write_animation(folder / f"{name}.webp", frames_TM[: steps + 1, m], fps=VIDEO_FPS, success=success)
-        about = {
-            "label": label,
-            "stage": stage,
-            "task_id": int(outcome["task"][slot]),
-            "family": families[slot],
-            "instruction": instructions[slot],
-            "success": success,
-            "steps": steps,
-            "return": float(outcome["return"][slot]),
-            "video": f"{name}.webp",
-        }
-        atomic_write_text(folder / f"{name}.json", json.dumps(about, indent=1) + "\n")
+def _by_family(environment: Environment, tasks: Collection[int]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = defaultdict(list)
+    for task, family in zip(tasks, environment.family_of(torch.tensor(list(tasks))), strict=True):
+        found[family].append(task)
+    return dict(sorted(found.items()))

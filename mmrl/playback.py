@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmrl import checkpoint, metrics
 from mmrl.building import build_environment, build_policy, choose_device, exclusive, load_weights
+from mmrl.component import Component
 from mmrl.config import RunConfig, StageConfig, load
 from mmrl.errors import CheckpointError, TrainingError
-from mmrl.evaluation import EvaluationResult, evaluate
+from mmrl.evaluation import EvaluationResult, evaluate, slots_of
 from mmrl.optim import Optimization
+from mmrl.playing import stage_reel
 from mmrl.progress import Progress
 from mmrl.seeding import configure_torch
 
@@ -24,25 +27,26 @@ LABEL = "evaluate"
 
 
 class Loaded(NamedTuple):
-    """A run's policy as its newest checkpoint holds it, and where in the run that was."""
+    """A run's policy as its newest checkpoint holds it, where in the run that was, and what was wrong with newer ones."""
 
     policy: Any
     stage: StageConfig
     iteration: int
+    warning: str | None
 
 
-def load_policy(run_dir: Path, config: RunConfig, device: torch.device) -> Loaded:
-    """The policy of the newest complete checkpoint, built as the stage it belongs to builds it.
+def load_policy(run_dir: Path, config: RunConfig, device: torch.device, component: Component | None = None) -> Loaded:
+    """The policy of the newest complete checkpoint, built as ``component`` says (None: as the stage it belongs to builds it).
 
     Where that stage averages its weights, the policy has the averaged ones. Raises CheckpointError where there is no complete
     checkpoint, or one of another policy.
     """
-    path = checkpoint.latest(run_dir / "checkpoints").path
+    path, warning = checkpoint.latest(run_dir / "checkpoints")
     sections, meta = checkpoint.load(path)
     if int(meta["stage"]) >= len(config.stages):
         raise CheckpointError(f"{path} belongs to stage {meta['stage'] + 1}, but the run's config.yaml has fewer; restore it")
     stage = config.stages[int(meta["stage"])]
-    policy = build_policy(config, stage, device)
+    policy = build_policy(config, stage, device) if component is None else component.build(device=device)
     checkpoint.check_fingerprint(meta, policy.fingerprint(), path)
     load_weights(policy, sections["policy"], f"{path} does not hold this policy's weights")
     policy.version = int(meta["policy_version"])
@@ -52,7 +56,7 @@ def load_policy(run_dir: Path, config: RunConfig, device: torch.device) -> Loade
         with optimization.ema_scope():
             averaged = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
         policy.load_state_dict(averaged)
-    return Loaded(policy, stage, int(meta["iteration"]))
+    return Loaded(policy, stage, int(meta["iteration"]), warning)
 
 
 def evaluate_run(run_dir: Path, overrides: Sequence[str], episodes: int | None, progress: Progress) -> None:
@@ -65,14 +69,16 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], episodes: int | None, 
     config = load(run_dir / "config.yaml", overrides)
     configure_torch(config.threads, deterministic=False)
     device = choose_device(config.device)
-    policy, stage, iteration = load_policy(run_dir, config, device)
-    count = episodes or config.evaluation.episodes
+    policy, stage, iteration, warning = load_policy(run_dir, config, device)
+    if warning:
+        progress.note(warning)
+    settings = config.evaluation if episodes is None else config.evaluation.model_copy(update={"episodes": episodes})
     environment = build_environment(
         config,
-        min(config.evaluation.num_envs, count),
+        slots_of(settings),
         device,
         (f"stages.{stage.name}.environment", stage.environment),
-        ("evaluation.environment", config.evaluation.environment),
+        ("evaluation.environment", settings.environment),
     )
     with ExitStack() as held:
         held.callback(environment.close)
@@ -80,19 +86,15 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], episodes: int | None, 
         result = evaluate(
             policy,
             environment,
-            episodes=count,
-            first_task=config.evaluation.first_task,
+            settings,
             seed=config.seed,
             device=device,
             progress=progress,
-            videos=config.evaluation.videos if writable else 0,
-            video_folder=run_dir / "trajectories",
-            label=LABEL,
-            stage=stage.name,
+            reel=stage_reel(run_dir / "trajectories", stage.name, LABEL) if writable else None,
         )
         if writable:
             _write_down(run_dir, config, stage.name, iteration, result)
-    Console(width=100).print(_table(result, f"{run_dir}, {stage.name} after {iteration} iterations"))
+    Console(width=110).print(result_table(result, f"{run_dir}, {stage.name} after {iteration} iterations"))
 
 
 def _hold(held: ExitStack, run_dir: Path, progress: Progress) -> bool:
@@ -114,11 +116,16 @@ def _write_down(run_dir: Path, config: RunConfig, stage: str, iteration: int, re
         writer.close()
 
 
-def _table(result: EvaluationResult, title: str) -> Table:
-    table = Table(title=title)
-    for column in ("family", "success", "95 % interval", "return (± std)", "episodes"):
-        table.add_column(column, justify="left" if column == "family" else "right")
+def result_table(result: EvaluationResult, title: str) -> Table:
+    """A line a task, for the terminal."""
+    table = Table(title=escape(title))
+    columns = ("task", "success", "95 % interval", "failed", "out of time", "return (± std)", "steps", "episodes")
+    lost = result.lost > 0
+    for column in (*columns, "lost") if lost else columns:
+        table.add_column(column, justify="left" if column == "task" else "right")
     for name, rate in [*result.families.items(), ("all", result)]:
         interval, returns = f"{rate.low:.1%} - {rate.high:.1%}", f"{rate.return_:.4g} ± {rate.return_std:.2g}"
-        table.add_row(name, f"{rate.success:.1%}", interval, returns, str(rate.episodes))
+        measured = (f"{rate.success:.1%}", interval, str(rate.failures), str(rate.timeouts), returns, f"{rate.length:.1f}")
+        cells = measured if rate.episodes else ("-",) * len(measured)
+        table.add_row(escape(name), *cells, str(rate.episodes), *([str(rate.lost)] if lost else []))
     return table

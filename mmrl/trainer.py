@@ -20,9 +20,10 @@ from mmrl.building import build_environment, build_policy, choose_device, exclus
 from mmrl.component import Component
 from mmrl.config import RunConfig, dump, load
 from mmrl.errors import CheckpointError, ConfigError, MMRLError, TrainingError
-from mmrl.evaluation import evaluate
+from mmrl.evaluation import evaluate, slots_of
 from mmrl.learners import Setting, make_learner
 from mmrl.metrics import MetricsWriter
+from mmrl.playing import stage_reel
 from mmrl.progress import Progress
 from mmrl.protocols import DataContext, Environment, ExampleSource
 from mmrl.report.system import describe_system
@@ -244,23 +245,21 @@ class Stage:
     def evaluate(self, label: str) -> None:
         run, evaluation = self.run_, self.run_.config.evaluation
         if self.evaluation_environment is None:
-            slots = min(evaluation.num_envs, evaluation.episodes)
+            slots = slots_of(evaluation)
             changes = (self._environment_changes(), ("evaluation.environment", evaluation.environment))
             self.evaluation_environment = build_environment(run.config, slots, run.device, *changes)
-        during = label == "during"
+        settings, reel = evaluation, stage_reel(run.dir / "trajectories", self.config.name, label)
+        if label == "during":
+            settings, reel = evaluation.model_copy(update={"episodes": evaluation.episodes_during or evaluation.episodes}), None
         with self.learner.optimization.ema_scope():
             result = evaluate(
                 self.policy,
                 self.evaluation_environment,
-                episodes=(during and evaluation.episodes_during) or evaluation.episodes,
-                first_task=evaluation.first_task,
+                settings,
                 seed=run.config.seed,
                 device=run.device,
                 progress=run.progress,
-                videos=0 if during else evaluation.videos,
-                video_folder=run.dir / "trajectories",
-                label=label,
-                stage=self.config.name,
+                reel=reel,
             )
         run.metrics.evaluation(self.config.name, self.iteration, label, result.row())
         run.progress.note(f"{self.config.name}, {label}: {result.sentence()}")

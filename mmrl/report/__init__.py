@@ -16,12 +16,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mmrl.progress import clock
+from mmrl.report import evaluation
 from mmrl.report.charts import chart_data
+from mmrl.report.evaluation import is_evaluation
 from mmrl.report.files import replacing
 from mmrl.report.run import load
 from mmrl.report.summary import summarize
 
-__all__ = ["build"]
+__all__ = ["FILE", "build", "build_evaluation", "is_evaluation"]
+
+FILE = "report.html"
 
 
 def build(run_dir: Path) -> Path:
@@ -31,21 +35,29 @@ def build(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     run = load(run_dir)
+    data = chart_data(run.rows)
+    return _write(run_dir, "page.html.jinja", data, run=run, summary=summarize(run), charts=data)
+
+
+def build_evaluation(folder: Path) -> Path:
+    """Write ``folder/report.html`` of what ``mmrl evaluate CHECKPOINT CONFIG`` left there. Raises MMRLError if it is damaged."""
+    return _write(folder, "evaluation.html.jinja", chart_data([]), measured=evaluation.load(folder))
+
+
+def _write(folder: Path, template: str, data: Any, **shown: Any) -> Path:
     script = _part("page.js")
     page = (
         _templates()
-        .get_template("page.html.jinja")
+        .get_template(template)
         .render(
-            run=run,
-            summary=summarize(run),
-            charts=(data := chart_data(run.rows)),
+            **shown,
             data=_embeddable(data),
             style=_part("page.css"),
             script=script,
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )
     )
-    path = run_dir / "report.html"
+    path = folder / FILE
     with replacing(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return path

@@ -30,6 +30,7 @@ class Clip:
     family: str
     instruction: str
     success: bool
+    timed_out: bool
     steps: int | None
     total_reward: float | None
     image: str | None
@@ -37,6 +38,10 @@ class Clip:
     @property
     def when(self) -> str:
         return f"{self.label} {self.stage}".strip()
+
+    @property
+    def outcome(self) -> str:
+        return "success" if self.success else "out of time" if self.timed_out else "failure"
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def load(run_dir: Path) -> Run:
     notices: list[str] = []
     config_text = _text(run_dir / "config.yaml", notices)
     rows = metrics.read(run_dir)
-    clips, left_out = _clips(run_dir / "trajectories", notices)
+    clips, left_out = clips_of(run_dir / "trajectories", notices)
     return Run(
         name=run_dir.resolve().name,
         rows=rows,
@@ -113,7 +118,7 @@ def _mapping(text: str, path: Path, notices: list[str]) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _clips(folder: Path, notices: list[str]) -> tuple[list[Clip], int]:
+def clips_of(folder: Path, notices: list[str]) -> tuple[list[Clip], int]:
     """As many recordings as fit, evenly from each stage, label, family and outcome; and how many were left out."""
     records, damaged = [], 0
     for path in sorted(folder.glob("*.json")):
@@ -166,6 +171,7 @@ def _clip(record: Mapping[str, Any], video: Path | None) -> Clip:
         family=str(record.get("family", "")),
         instruction=record["instruction"],
         success=record["success"],
+        timed_out=record.get("timed_out") is True,
         steps=steps if isinstance(steps, int) else None,
         total_reward=float(total) if isinstance(total, int | float) else None,
         image=f"data:{_MIME[video.suffix]};base64,{encoded}" if video else None,

@@ -17,13 +17,15 @@ PHASES = ("collect", "score", "update", "evaluate")
 
 @dataclass(frozen=True)
 class Rate:
-    """A success rate with its 95 % Wilson interval, all in [0, 1], and the mean return of its episodes (None: not logged)."""
+    """A success rate with its 95 % Wilson interval, all in [0, 1], the mean return of its episodes and how many of them ran out
+    of time (None: not logged)."""
 
     success: float
     episodes: int
     low: float
     high: float
     mean_return: float | None = None
+    timeouts: int | None = None
 
     @staticmethod
     def of(result: Mapping[str, Any]) -> Rate | None:
@@ -37,7 +39,8 @@ class Rate:
         earned = result.get("return")
         mean_return = float(earned) if isinstance(earned, int | float) and math.isfinite(earned) else None
         interval = wilson_interval(min(success * episodes, episodes), episodes)
-        return Rate(success, episodes, *interval, mean_return)
+        timeouts = result.get("timeouts")
+        return Rate(success, episodes, *interval, mean_return, timeouts if isinstance(timeouts, int) else None)
 
 
 @dataclass(frozen=True)

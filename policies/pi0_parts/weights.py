@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PI0ForConditionalGeneration
 
@@ -18,6 +19,7 @@ from policies.shared.checkpoints import STATISTICS_FILE, find_file, first_line
 
 # Where transformers' PI0Processor keeps its statistics, and what they are called there.
 PROCESSOR_FILE = "processor_config.json"
+_UNREAD = "dit.embed_tokens"  # pi0 never reads the expert's own token embedding
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,13 @@ def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str
     """``pretrained``: transformers' own loader, safetensors only. ``random``: config.json's architecture, initialised afresh."""
     try:
         if weights == "pretrained":
-            return PI0ForConditionalGeneration.from_pretrained(
-                checkpoint, dtype=dtype, attn_implementation=attention, use_safetensors=True
-            )
+            options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
+            loaded: Any = PI0ForConditionalGeneration.from_pretrained(checkpoint, output_loading_info=True, **options)
+            model, found = loaded
+            _refuse_gaps(checkpoint, found["missing_keys"])
+            return model
         config: Any = AutoConfig.from_pretrained(checkpoint, attn_implementation=attention)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise MMRLError(f"policy.checkpoint = {checkpoint}: cannot be loaded as a pi0 ({first_line(error)})") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -84,6 +88,16 @@ def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _refuse_gaps(checkpoint: str, missing: Iterable[str]) -> None:
+    """Raise MMRLError for weights that the checkpoint lacks: transformers would draw them at random and only log it."""
+    read = sorted(name for name in missing if _UNREAD not in name)
+    if read:
+        raise MMRLError(
+            f"policy.checkpoint = {checkpoint}: lacks {len(read)} of the weights of a pi0, such as {read[0]}; "
+            "it is damaged, or of another model"
+        )
 
 
 def fan_in_init(model: PI0ForConditionalGeneration) -> None:

@@ -18,6 +18,7 @@ from mmrl.collecting import CollectionConfig
 from mmrl.component import Component
 from mmrl.describe import describe
 from mmrl.errors import ConfigError, RegistryError
+from mmrl.measuring import MeasurementConfig
 from mmrl.registry import ROOT
 
 STRICT = ConfigDict(extra="forbid")
@@ -311,5 +312,7 @@ def test_describe_is_the_same_yaml_with_a_comment_per_field(path: Path) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda file: file.name)
 def test_every_config_of_this_project_loads(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    loaded = config.load_as(CollectionConfig, file) if file.parent.name == "collect" else config.load(file)
+    kinds: dict[str, Any] = {"collect": CollectionConfig, "evaluate": MeasurementConfig}
+    kind = kinds.get(file.parent.name)
+    loaded = config.load(file) if kind is None else config.load_as(kind, file)
     assert loaded.name

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmrl.algorithms.grpo import GRPO
+from mmrl.config import MeasuringConfig
 from mmrl.data.demonstrations import record
 from mmrl.errors import TrainingError
 from mmrl.evaluation import EvaluationResult, evaluate
@@ -123,7 +124,8 @@ def play(environment: Losing, episodes: int) -> EvaluationResult:
             return super().act(observation, draws, explore=True)
 
     policy: Any = Still()
-    return evaluate(policy, environment, episodes=episodes, first_task=0, seed=0, device=torch.device("cpu"), progress=Quiet())
+    settings = MeasuringConfig(episodes=episodes, first_task=0)
+    return evaluate(policy, environment, settings, seed=0, device=torch.device("cpu"), progress=Quiet())
 
 
 def test_evaluation_plays_lost_episodes_again() -> None:

@@ -187,11 +187,12 @@ def test_the_headline_compares_the_last_stage_with_what_it_started_from(run_dir,
 def test_a_rate_says_what_its_episodes_earned_where_that_was_logged(tmp_path):
     run = make_run(tmp_path / "run", improve=1, evaluate=False, rollouts=False)
     writer = MetricsWriter(run, tensorboard=False, elapsed=1000.0)
-    family = {"success": 0.25, "episodes": 8, "low": 0.1, "high": 0.5, "return": -171.5}
-    writer.evaluation("improve", 1, "after", family | {"families": {"Pendulum-v1": family | {"return": -123.25}}})
+    family = {"success": 0.25, "episodes": 8, "low": 0.1, "high": 0.5, "return": -171.5, "timeouts": 6, "failures": 0}
+    writer.evaluation("improve", 1, "after", family | {"families": {"Pendulum-v1": family | {"return": -123.25, "timeouts": 0}}})
     writer.close()
     text = text_of(report.build(run).read_text())
-    assert "· return -171.5" in text and "· return -123.2" in text
+    assert "n = 8 return -171.5 · 6 out of time" in text and "n = 8 return -123.2" in text
+    assert text.count("out of time") == 1
 
 
 def test_the_table_holds_each_family_with_its_wilson_interval(page):

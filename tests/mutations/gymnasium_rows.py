@@ -138,8 +138,8 @@ GYMNASIUM: tuple[Row, ...] = (
     (
         "evaluation: the spread divides by n",
         "mmrl/evaluation.py",
-        "spread = float(returns.std()) if n > 1 else 0.0",
-        "spread = float(returns.std(correction=0)) if n > 1 else 0.0",
+        "statistics.stdev(returns) if n > 1 else 0.0",
+        "statistics.pstdev(returns) if n > 1 else 0.0",
         "tests/core/test_evaluation.py::test_every_task_counts_once",
     ),
 )

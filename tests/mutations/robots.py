@@ -38,8 +38,8 @@ ROBOTS: tuple[Row, ...] = (
     (
         "evaluation: a lost episode is a failure",
         "mmrl/evaluation.py",
-        'torch.cat([r[name][~r["lost"]] for r in rounds])',
-        "torch.cat([r[name] for r in rounds])",
+        'counted = [episode for episode in played if episode.outcome != "lost"]',
+        "counted = list(played)",
         f"{_LOST}::test_evaluation_counts_what_it_cannot_play",
     ),
     (

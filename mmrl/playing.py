@@ -1,0 +1,213 @@
+"""Playing episodes with the deterministic policy, such that an episode does not depend on those beside it.
+
+Its random numbers are its own (``mmrl.numerics.draws``). That leaves rounding: a matrix product of another number of rows rounds
+differently, enough to tip an episode that stands on the edge. So the policy is always asked about ``act_batch`` observations at
+once, and an episode always has the same seat among them: its task id modulo ``act_batch``. Whose observations fill the other
+seats changes nothing, as every kernel computes its rows one by one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from mmrl.checkpoint import atomic_write_text
+from mmrl.numerics.draws import Draws
+from mmrl.protocols import Environment, Policy, RenderEnvironment
+from mmrl.report.video import write_animation
+from mmrl.seeding import derive_seed
+from mmrl.types import Observation, Step
+
+VIDEO_FPS = 10
+ATTEMPTS = 3  # how often an episode is played that the simulator loses
+
+Outcome = Literal["success", "failure", "timeout", "lost"]
+
+
+@dataclass(frozen=True)
+class Played:
+    """How one episode ended.
+
+    failure: the task ended by itself, without success. timeout: its time was up before that. lost: the simulator broke down at
+    every attempt, so the episode counts for nothing. return_: undiscounted. steps: of the environment.
+    """
+
+    task_id: int
+    family: str
+    instruction: str
+    outcome: Outcome
+    return_: float
+    steps: int
+
+    def row(self) -> dict[str, Any]:
+        """As it stands in episodes.jsonl and beside its video."""
+        return {
+            "task_id": self.task_id,
+            "family": self.family,
+            "instruction": self.instruction,
+            "outcome": self.outcome,
+            "success": self.outcome == "success",
+            "timed_out": self.outcome == "timeout",
+            "steps": self.steps,
+            "return": self.return_,
+        }
+
+
+class Reel(NamedTuple):
+    """Where videos go: to ``folder``/``stem``-TASK.webp, each beside a json file that says ``about`` and how it ended."""
+
+    folder: Path
+    stem: str
+    about: Mapping[str, str]
+
+
+def stage_reel(folder: Path, stage: str, label: str) -> Reel:
+    """Of an evaluation within a run."""
+    return Reel(folder, f"{stage}-{label}", {"label": label, "stage": stage})
+
+
+class Player:
+    """Plays episodes of ``environment``, each once.
+
+    seed: of the policy's random numbers. act_batch: observations that the policy is asked about at once.
+    """
+
+    def __init__(self, policy: Policy, environment: Environment, *, seed: int, act_batch: int, device: torch.device) -> None:
+        self.policy, self.environment, self.device = policy, environment, device
+        self.stream, self.act_batch = derive_seed(seed, "evaluation"), act_batch
+
+    @torch.no_grad()
+    def play(
+        self, tasks: Collection[int], advance: Callable[[int], None], reel: Reel | None = None, filmed: Collection[int] = ()
+    ) -> list[Played]:
+        """These tasks, ``num_envs`` at a time, in their order; ``advance`` is told of those that are over.
+
+        An episode that the simulator loses is played again, ATTEMPTS times in all. The tasks ``filmed`` go to ``reel``.
+        """
+        played: dict[int, Played] = {}
+        pending = list(tasks)
+        for _ in range(ATTEMPTS):
+            for start in range(0, len(pending), self.environment.num_envs):
+                chunk = pending[start : start + self.environment.num_envs]
+                ended = self._round(chunk, reel, filmed)
+                played |= {episode.task_id: episode for episode in ended}
+                advance(sum(episode.outcome != "lost" for episode in ended))
+            pending = [task for task in pending if played[task].outcome == "lost"]
+            if not pending:
+                break
+        return [played[task] for task in tasks]
+
+    def decide(self, observation: Observation, task_ids_N: Tensor, decision: int) -> Tensor:
+        """The chunks [N, C, A] to execute, ``act_batch`` observations at a time, each in its seat."""
+        place_N, occupant_PS = seats(task_ids_N, self.act_batch)
+        draws = Draws.of(self.stream, task_ids_N, decision)
+        actions = [
+            self.policy.act(observation.select(occupant_S), draws.select(occupant_S), explore=False).action_BCA
+            for occupant_S in occupant_PS
+        ]
+        return torch.cat(actions)[place_N]
+
+    def _round(self, tasks: list[int], reel: Reel | None, filmed: Collection[int]) -> list[Played]:
+        """At most ``num_envs`` tasks; slots to spare repeat the last one."""
+        environment, n = self.environment, len(tasks)
+        tasks_B = torch.tensor(tasks + tasks[-1:] * (environment.num_envs - n), device=self.device)
+        observation = environment.reset(tasks_B)
+        instructions, score = observation.instructions, _Score(tasks_B)
+        film = _Film(torch.tensor([slot for slot, task in enumerate(tasks) if task in filmed], dtype=torch.long))
+        film.shoot(environment)
+        for decision in count():
+            rows_N = (~score.done_B[:n]).nonzero()[:, 0]
+            if len(rows_N) == 0:
+                break
+            action_NCA = self.decide(observation.select(rows_N), tasks_B[rows_N], decision)
+            action_BCA = action_NCA.new_zeros(len(tasks_B), *action_NCA.shape[1:]).index_copy_(0, rows_N, action_NCA)
+            action_BCA[n:] = action_BCA[n - 1]
+            # One action at a time while filming: the same episode, but every frame is seen.
+            for piece in action_BCA.split(1, dim=1) if film.frames else (action_BCA,):
+                step = environment.step(piece)
+                score.add(step)
+                film.shoot(environment)
+            observation = step.observation
+        families = environment.family_of(tasks_B)
+        episodes = [Played(task, families[slot], instructions[slot], *score.of(slot)) for slot, task in enumerate(tasks)]
+        if reel is not None and film.frames:
+            film.save(episodes, reel)
+        return episodes
+
+
+def seats(task_ids_N: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Who sits where: the place [N] of each task among P batches of ``size`` seats, and the row in each seat: int64 [P, size].
+
+    A task's seat is its id modulo ``size``; of those that want the same one, each goes to a batch of its own. Row 0 fills the
+    empty seats.
+
+    >>> place_N, occupant_PS = seats(torch.tensor([5, 6, 9]), 4)
+    >>> place_N.tolist(), occupant_PS.tolist()
+    ([1, 2, 5], [[0, 0, 1, 0], [0, 2, 0, 0]])
+    """
+    rows_N = torch.arange(len(task_ids_N), device=task_ids_N.device)
+    seat_N = task_ids_N % size
+    batch_N = one_hot(seat_N, size).cumsum(0)[rows_N, seat_N] - 1
+    place_N = batch_N * size + seat_N
+    occupant = place_N.new_zeros((int(batch_N.max()) + 1) * size)
+    return place_N, occupant.index_copy_(0, place_N, rows_N).unflatten(0, (-1, size))
+
+
+class _Score:
+    """What the episode in each of B slots has come to."""
+
+    def __init__(self, tasks_B: Tensor) -> None:
+        self.return_B = torch.zeros(tasks_B.shape, dtype=torch.float64, device=tasks_B.device)
+        self.steps_B = torch.zeros_like(tasks_B)
+        self.done_B, self.success_B, self.truncated_B, self.lost_B = (
+            torch.zeros_like(tasks_B, dtype=torch.bool) for _ in range(4)
+        )
+
+    def add(self, step: Step) -> None:
+        # Action by action, so that the sum is the same however a chunk is divided.
+        for reward_B, valid_B in zip(step.rewards_BC.unbind(1), step.valid_BC.unbind(1), strict=True):
+            counts_B = valid_B & ~self.done_B
+            self.return_B += torch.where(counts_B, reward_B.double(), 0.0)
+            self.steps_B += counts_B
+        self.success_B = torch.where(self.done_B, self.success_B, step.metrics["success"] > 0.5)
+        self.truncated_B = torch.where(self.done_B, self.truncated_B, step.truncated_B)
+        self.lost_B = torch.where(self.done_B, self.lost_B, step.lost_B)
+        self.done_B = self.done_B | step.done_B
+
+    def of(self, slot: int) -> tuple[Outcome, float, int]:
+        outcome: Outcome = "success" if self.success_B[slot] else "timeout" if self.truncated_B[slot] else "failure"
+        return ("lost" if self.lost_B[slot] else outcome), float(self.return_B[slot]), int(self.steps_B[slot])
+
+
+class _Film:
+    """Frames of the slots ``slots_M``."""
+
+    def __init__(self, slots_M: Tensor) -> None:
+        self.slots_M = slots_M
+        self.frames: list[Tensor] = []
+
+    def shoot(self, environment: Environment) -> None:
+        if isinstance(environment, RenderEnvironment) and len(self.slots_M):
+            self.frames.append(environment.render_video(self.slots_M).cpu())
+
+    def save(self, episodes: list[Played], reel: Reel) -> None:
+        """A video of each slot's episode, and what there is to say about it; none of a lost one."""
+        reel.folder.mkdir(parents=True, exist_ok=True)
+        frames_TM = torch.stack(self.frames)
+        for m, slot in enumerate(self.slots_M.tolist()):
+            episode = episodes[slot]
+            if episode.outcome == "lost":
+                continue
+            name = f"{reel.stem}-{episode.task_id}"
+            frames_T = frames_TM[: episode.steps + 1, m]
+            write_animation(reel.folder / f"{name}.webp", frames_T, fps=VIDEO_FPS, success=episode.outcome == "success")
+            about = {**reel.about, **episode.row(), "video": f"{name}.webp"}
+            atomic_write_text(reel.folder / f"{name}.json", json.dumps(about, indent=1) + "\n")
