@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PI0ForConditionalGeneration
 
 from mmrl.errors import MMRLError
-from policies.shared.checkpoints import STATISTICS_FILE, find_file, first_line
+from policies.shared.checkpoints import STATISTICS_FILE, find_file, first_line, load_pretrained
 
 # Where transformers' PI0Processor keeps its statistics, and what they are called there.
 PROCESSOR_FILE = "processor_config.json"
@@ -70,15 +69,12 @@ def load_statistics(checkpoint: str) -> Statistics | None:
 
 def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str, seed: int) -> PI0ForConditionalGeneration:
     """``pretrained``: transformers' own loader, safetensors only. ``random``: config.json's architecture, initialised afresh."""
+    if weights == "pretrained":
+        options = {"dtype": dtype, "attn_implementation": attention}
+        return load_pretrained(PI0ForConditionalGeneration, checkpoint, "pi0", unread=_UNREAD, **options)
     try:
-        if weights == "pretrained":
-            options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": True}
-            loaded: Any = PI0ForConditionalGeneration.from_pretrained(checkpoint, output_loading_info=True, **options)
-            model, found = loaded
-            _refuse_gaps(checkpoint, found["missing_keys"])
-            return model
         config: Any = AutoConfig.from_pretrained(checkpoint, attn_implementation=attention)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise MMRLError(f"policy.checkpoint = {checkpoint}: cannot be loaded as a pi0 ({first_line(error)})") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -88,16 +84,6 @@ def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
-
-
-def _refuse_gaps(checkpoint: str, missing: Iterable[str]) -> None:
-    """Raise MMRLError for weights that the checkpoint lacks: transformers would draw them at random and only log it."""
-    read = sorted(name for name in missing if _UNREAD not in name)
-    if read:
-        raise MMRLError(
-            f"policy.checkpoint = {checkpoint}: lacks {len(read)} of the weights of a pi0, such as {read[0]}; "
-            "it is damaged, or of another model"
-        )
 
 
 def fan_in_init(model: PI0ForConditionalGeneration) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,6 +25,25 @@ def load_tokenizer(place: str, *, key: str = "checkpoint", remedy: str = "") -> 
     except (OSError, ValueError) as error:
         reason = f"no tokenizer could be loaded from there ({first_line(error)})"
         raise MMRLError(f"policy.{key} = {place}: {reason}{remedy}") from error
+
+
+def load_pretrained(loader: Any, checkpoint: str, what: str, *, unread: str | None = None, **options: Any) -> Any:
+    """transformers' own ``loader`` on safetensors alone; ``what`` it should be, in words.
+
+    Raises MMRLError if the checkpoint cannot be read, does not fit its config, or lacks weights, which transformers would draw at
+    random; a weight whose name contains ``unread`` may be missing, because the policy does not read it.
+    """
+    try:
+        model, found = loader.from_pretrained(checkpoint, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise MMRLError(f"policy.checkpoint = {checkpoint}: cannot be loaded as a {what} ({first_line(error)})") from error
+    missing = sorted(name for name in found["missing_keys"] if unread is None or unread not in name)
+    if missing:
+        raise MMRLError(
+            f"policy.checkpoint = {checkpoint}: lacks {len(missing)} of the weights of a {what}, such as {missing[0]}; "
+            "it is damaged, or of another model"
+        )
+    return model
 
 
 def save_heads(heads: Mapping[str, tuple[str, nn.Module]], folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, Cache
 
 from mmrl.errors import MMRLError
-from policies.shared.checkpoints import first_line
+from policies.shared.checkpoints import first_line, load_pretrained
 from policies.token_vla_parts.eyes import PADDING, Eyes
 
 
@@ -119,16 +119,14 @@ class Backbone:
 
 def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str, seed: int) -> Any:
     """``pretrained``: transformers' own loader, safetensors only. ``random``: config.json's architecture, initialised afresh."""
+    if weights == "pretrained":
+        options = {"dtype": dtype, "attn_implementation": attention}
+        return load_pretrained(AutoModelForImageTextToText, checkpoint, "vision-language model", **options).eval()
     try:
-        if weights == "pretrained":
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                checkpoint, dtype=dtype, attn_implementation=attention, use_safetensors=True
-            )
-            return model.eval()
         config: Any = AutoConfig.from_pretrained(checkpoint)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+            model: Any = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
             fan_in_init(model)
     except (OSError, ValueError) as error:
         raise MMRLError(

@@ -141,7 +141,7 @@ def assert_same(run_dir: Path, unkilled: Path) -> None:
 KILLS = [
     ("before anything but the configuration is written", "mmrl.trainer:_describe_machine", 1),
     ("before the first checkpoint is whole", "mmrl.checkpoint:os.fsync", 4),
-    ("in the first evaluation", "mmrl.evaluation:_play", 2),
+    ("in the first evaluation", "mmrl.playing:Player._round", 2),
     ("in an update from examples", "mmrl.optim:Optimization.step", 2),
     ("while a checkpoint is put in place", "mmrl.checkpoint:_put_in_place", 2),
     ("between two stages", "mmrl.learners:RolloutLearner.__init__", 1),
@@ -150,7 +150,7 @@ KILLS = [
     ("in the middle of an update", "mmrl.optim:Optimization.step", 3),
     ("between a row of metrics and its checkpoint", "mmrl.trainer:Run.save", 1),
     ("while a checkpoint is written", "mmrl.checkpoint:os.fsync", 3),
-    ("in the last evaluation", "mmrl.evaluation:_play", 1),
+    ("in the last evaluation", "mmrl.playing:Player._round", 1),
     ("while the policy is saved", "mmrl.trainer:_save_policy", 1),
 ]
 
