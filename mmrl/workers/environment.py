@@ -45,7 +45,7 @@ class WorkerEnvironment:
         self._worker_of = {slot: index for index, part in enumerate(parts) for slot in part}
         self.pool = WorkerPool(Worker, target, config, parts, time_limit=time_limit, start_limit=start_limit)
         self.description = self.pool.description
-        self._board = Board(self.description, num_envs)
+        self._board = Board(self.description, num_envs, device=device)
         self.pool.attach(self._board.name, num_envs)
         self.action_spec, self.max_steps = self.description.action_spec, self.description.max_steps
         self._low_A, self._high_A = np.array(self.action_spec.low, np.float32), np.array(self.action_spec.high, np.float32)
@@ -172,5 +172,4 @@ class WorkerEnvironment:
 
     def _observe(self) -> Observation:
         images, state_BS = self._board.read()
-        images = {name: image.to(self.device) for name, image in images.items()}
-        return Observation(images, None if state_BS is None else state_BS.to(self.device), tuple(self._instructions))
+        return Observation(images, state_BS, tuple(self._instructions))

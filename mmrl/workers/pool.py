@@ -83,7 +83,7 @@ class WorkerPool:
         self._board: tuple[str, int] | None = None
         self._members: list[_Member | None] = [None] * len(self._shares)
         self._sent: Call | None = None
-        preload(target.partition(":")[0])
+        preload(kind.__module__, target.partition(":")[0])
         try:
             self._members = [self._spawn(index) for index in range(len(self._shares))]
             descriptions = [self.start(index) for index in range(len(self._shares))]
