@@ -22,7 +22,8 @@ class Board:
     def __init__(
         self, description: Description, num_envs: int, name: str | None = None, *, device: torch.device | None = None
     ) -> None:
-        layout = {_image(camera): ((num_envs, *size, 3), "uint8") for camera, size in description.cameras.items()}
+        layout: dict[str, tuple[tuple[int, ...], str]] = {}
+        layout |= {_image(camera): ((num_envs, *size, 3), "uint8") for camera, size in description.cameras.items()}
         layout["state"] = (num_envs, description.state_dim), "float32"
         self._device = device or torch.device("cpu")
         self._cameras = tuple(description.cameras)
