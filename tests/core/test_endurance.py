@@ -191,9 +191,9 @@ def test_a_run_in_parts_ends_where_an_unkilled_one_does(mmrl: Mmrl) -> None:
     parts = "stages.improve.collect.parts=2"
     code, said = mmrl.train("parts", parts)
     assert code == 0, said
-    code, said = mmrl.train("parts-killed", parts, moment="policies.pi0:Pi0.act", count=13)
-    assert code == -signal.SIGKILL, said
-    assert '"kind": "train", "stage": "improve"' in (mmrl.runs / "parts-killed" / "metrics.jsonl").read_text()
+    code, said = mmrl.train("parts-killed", parts, moment="mmrl.workers.remote:RemoteEnvironment.begin_step", count=12)
+    assert code == -signal.SIGKILL, said  # in the second rollout, whose first part simulates
+    assert '"kind": "train", "stage": "improve", "iteration": 1' in (mmrl.runs / "parts-killed" / "metrics.jsonl").read_text()
     code, said = mmrl.resume("parts-killed")
     assert code == 0, said
     assert_same(mmrl.runs / "parts-killed", mmrl.runs / "parts")
