@@ -225,21 +225,23 @@ def waiting() -> Case:
     return Case(
         "waiting, without processors",
         32,
-        10,
+        20,
         lambda size: Waiting(None, num_envs=size, device=CPU),
         lambda size: part(num_envs=size),
         lambda _: Patient(),
     )
 
 
-def tabletop(title: str, policy: dict[str, Any], **fields: Any) -> Case:
+def tabletop(title: str, num_envs: int, policy: dict[str, Any], **fields: Any) -> Case:
     config = load(ROOT / "configs/quickstart.yaml", [f"policy.checkpoint={ROOT / 'assets/tiny_pi0'}"])
     environment = config.environment.override({"families": ["sort"], **fields})
 
     def make(size: int) -> Environment:
         return environment.build(num_envs=size, device=CPU)
 
-    return Case(title, 32, 10, make, partial(remote, environment), lambda _: config.policy.override(policy).build(device=CPU))
+    return Case(
+        title, num_envs, 12, make, partial(remote, environment), lambda _: config.policy.override(policy).build(device=CPU)
+    )
 
 
 def maniskill() -> Case:
@@ -274,9 +276,9 @@ def large_pi0(environment: Environment) -> Any:
 
 CASES: dict[str, Callable[[], Case]] = {
     "waiting": waiting,
-    "quickstart": partial(tabletop, "tabletop as in the quickstart, tiny pi0", {}),
+    "quickstart": partial(tabletop, "tabletop as in the quickstart, tiny pi0", 256, {}),
     "tabletop": partial(
-        tabletop, "tabletop with two cameras of 256x256, tiny pi0", {"denoising_steps": 2}, image_size=256, wrist_camera=True
+        tabletop, "tabletop with two cameras of 256x256, tiny pi0", 96, {"denoising_steps": 2}, image_size=256, wrist_camera=True
     ),
     "maniskill": maniskill,
 }
