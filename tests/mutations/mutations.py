@@ -173,4 +173,6 @@ _DATA = runpy.run_path(str(Path(__file__).with_name("data_sets.py")))["DATA"]
 DATA = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _DATA)
 
 ROBOTS = tuple(Mutation(name, *rest, tests=tuple(tests.split())) for name, *rest, tests in _ROBOTS["ROBOTS"])
-MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM, *DATA, *ROBOTS)
+_OVERLAP = runpy.run_path(str(Path(__file__).with_name("overlap.py")))["OVERLAP"]
+OVERLAP = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _OVERLAP)
+MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM, *DATA, *ROBOTS, *OVERLAP)
