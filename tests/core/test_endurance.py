@@ -186,6 +186,19 @@ def test_a_kill_from_outside(mmrl: Mmrl, unkilled: Path) -> None:
     assert_same(run_dir, unkilled)
 
 
+def test_a_run_in_parts_ends_where_an_unkilled_one_does(mmrl: Mmrl) -> None:
+    """Its simulators are processes, which die with it."""
+    parts = "stages.improve.collect.parts=2"
+    code, said = mmrl.train("parts", parts)
+    assert code == 0, said
+    code, said = mmrl.train("parts-killed", parts, moment="mmrl.workers.remote:RemoteEnvironment.begin_step", count=12)
+    assert code == -signal.SIGKILL, said  # in the second rollout, whose first part simulates
+    assert '"kind": "train", "stage": "improve", "iteration": 1' in (mmrl.runs / "parts-killed" / "metrics.jsonl").read_text()
+    code, said = mmrl.resume("parts-killed")
+    assert code == 0, said
+    assert_same(mmrl.runs / "parts-killed", mmrl.runs / "parts")
+
+
 @pytest.fixture
 def halfway(mmrl: Mmrl, unkilled: Path) -> Path:
     """A run killed in its improving stage, with two checkpoints of that stage."""
