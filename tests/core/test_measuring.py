@@ -243,6 +243,7 @@ def test_mistakes_on_the_command_line(place: Path, measured: Path, tmp_path: Pat
 def test_what_is_interrupted_leaves_nothing(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(folder: Path) -> Path:
         assert (folder / "evaluation.json").is_file() and folder.parent == tmp_path
+        assert not (tmp_path / "out").exists()  # a kill would leave nothing that looks whole
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measuring.report, "build_evaluation", interrupted)
