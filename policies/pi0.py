@@ -31,21 +31,14 @@ from mmrl.numerics.draws import Draws
 from mmrl.numerics.losses import Loss
 from mmrl.types import Decision, Evaluation, Examples, Observation, Rollout
 from policies.pi0_adapters.base import Adapter, Identity
-from policies.pi0_parts.heads import TIME_FEATURES, CriticHead, NoiseHead, time_features
+from policies.pi0_parts.heads import NoiseHead
 from policies.pi0_parts.options import Options
 from policies.pi0_parts.prefix import Prefix, Tokenizer, encode, preprocess
 from policies.pi0_parts.sampling import Sampler
-from policies.pi0_parts.weights import (
-    Statistics,
-    add_adapters,
-    load_heads,
-    load_model,
-    load_statistics,
-    load_tokenizer,
-    merged,
-    model_groups,
-    save_heads,
-)
+from policies.pi0_parts.weights import Statistics, load_model, load_statistics, model_groups
+from policies.shared.adapters import add_adapters, merged
+from policies.shared.checkpoints import load_heads, load_tokenizer, save_heads
+from policies.shared.heads import TIME_FEATURES, CriticHead, time_features
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -81,7 +74,7 @@ class Pi0(nn.Module):
         dtype = _DTYPES[config.dtype]
         self.model = load_model(config.checkpoint, config.weights, dtype, config.attention, config.seed)
         self.statistics = load_statistics(config.checkpoint)
-        tokenizer = load_tokenizer(config)
+        tokenizer = load_tokenizer(config.checkpoint, config.tokenizer, remedy="; name one with policy.tokenizer")
         self._hf_tokenizer, self._tokenizer = tokenizer, Tokenizer(tokenizer, config.max_text_tokens)
         self._arch: Any = (arch := self.model.config)
         self.horizon, self._padded_dim = arch.chunk_size, arch.max_action_dim
@@ -149,7 +142,8 @@ class Pi0(nn.Module):
         model = self.model
         model.requires_grad_(self.config.train == "all")
         if self.config.train == "lora":
-            add_adapters(model, self.config.lora, self.config.seed + 2)
+            lora = self.config.lora
+            add_adapters(model, rank=lora.rank, alpha=lora.alpha, modules=lora.modules, seed=self.config.seed + 2)
         if self.config.train == "expert":
             model.model.dit.requires_grad_(True)
         for part in (model.embed_action_time, model.action_out_proj):

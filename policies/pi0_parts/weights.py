@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Mapping
@@ -11,21 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PI0ForConditionalGeneration, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
+from transformers import AutoConfig, PI0ForConditionalGeneration
 
 from mmrl.errors import MMRLError
-from policies.pi0_parts.options import LoraOptions, Options
+from policies.shared.checkpoints import STATISTICS_FILE, find_file, first_line
 
-STATISTICS_FILE = "statistics.json"
 # Where transformers' PI0Processor keeps its statistics, and what they are called there.
 PROCESSOR_FILE = "processor_config.json"
-HEADS_FILE = "heads.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class Statistics:
 def load_statistics(checkpoint: str) -> Statistics | None:
     """statistics.json of an mmrl checkpoint, else the numbers in transformers' processor config, else None."""
     for name in (STATISTICS_FILE, PROCESSOR_FILE):
-        found = _file(checkpoint, name)
+        found = find_file(checkpoint, name)
         if found is None:
             continue
         try:
@@ -74,18 +66,6 @@ def load_statistics(checkpoint: str) -> Statistics | None:
     return None
 
 
-def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
-    """Raises MMRLError where there is none."""
-    key, place = ("checkpoint", options.checkpoint) if options.tokenizer is None else ("tokenizer", options.tokenizer)
-    try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        remedy = "" if options.tokenizer else "; name one with policy.tokenizer"
-        raise MMRLError(
-            f"policy.{key} = {place}: no tokenizer could be loaded from there ({_first_line(error)}){remedy}"
-        ) from error
-
-
 def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str, seed: int) -> PI0ForConditionalGeneration:
     """``pretrained``: transformers' own loader, safetensors only. ``random``: config.json's architecture, initialised afresh."""
     try:
@@ -95,7 +75,7 @@ def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str
             )
         config: Any = AutoConfig.from_pretrained(checkpoint, attn_implementation=attention)
     except (OSError, ValueError) as error:
-        raise MMRLError(f"policy.checkpoint = {checkpoint}: cannot be loaded as a pi0 ({_first_line(error)})") from error
+        raise MMRLError(f"policy.checkpoint = {checkpoint}: cannot be loaded as a pi0 ({first_line(error)})") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = PI0ForConditionalGeneration(config)
@@ -138,67 +118,3 @@ def model_groups(model: PI0ForConditionalGeneration) -> dict[str, list[nn.Parame
         "actor": [p for p in trained if id(p) not in embeddings],
         "embedding": [p for p in trained if id(p) in embeddings],
     }
-
-
-def add_adapters(model: PI0ForConditionalGeneration, options: LoraOptions, seed: int) -> None:
-    """Put trainable low-rank adapters beside the layers that ``options`` name, initialised from ``seed``; freeze all the rest."""
-    config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=options.modules)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            inject_adapter_in_model(config, model)
-        except ValueError as error:
-            raise MMRLError(f"policy.lora.modules = {options.modules!r} fits no layer ({_first_line(error)})") from error
-
-
-def merged(model: PI0ForConditionalGeneration) -> PI0ForConditionalGeneration:
-    """A copy with every peft adapter merged into its base layer, so that the names are transformers' own again."""
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BaseTunerLayer):
-                child.merge()  # type: ignore[operator]
-                setattr(parent, name, child.get_base_layer())
-    return model
-
-
-def save_heads(heads: Mapping[str, tuple[str, nn.Module]], folder: Path) -> None:
-    """Each head's weights under its name, beside the sentence that says what it computes (no heads: no file)."""
-    tensors = {
-        f"{name}.{key}": value.contiguous() for name, (_, head) in heads.items() for key, value in head.state_dict().items()
-    }
-    (folder / HEADS_FILE).unlink(missing_ok=True)
-    if tensors:
-        save_file(tensors, folder / HEADS_FILE, metadata={name: says for name, (says, _) in heads.items()})
-
-
-def load_heads(heads: Mapping[str, tuple[str, nn.Module]], checkpoint: str) -> None:
-    """Fill the heads that the checkpoint has and that compute the same there; leave the others as they are."""
-    found = _file(checkpoint, HEADS_FILE)
-    if found is None:
-        return
-    try:
-        with safe_open(found, "pt") as file:
-            saved = file.metadata() or {}
-            for name, (says, head) in heads.items():
-                if saved.get(name) == says:
-                    head.load_state_dict({key: file.get_tensor(f"{name}.{key}") for key in head.state_dict()})
-    except (SafetensorError, RuntimeError) as error:
-        raise MMRLError(
-            f"{found}: the saved heads cannot be read ({_first_line(error)}); delete it to start with fresh heads"
-        ) from error
-
-
-def _file(checkpoint: str, name: str) -> Path | None:
-    if Path(checkpoint).is_dir():
-        path = Path(checkpoint) / name
-        return path if path.is_file() else None
-    try:
-        found = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        return None
-    return Path(found) if found else None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

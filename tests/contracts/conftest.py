@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.policies import tiny
+from tests.policies import tiny, tiny_vla
 
 
 @pytest.fixture(scope="session")
-def tiny_pi0(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with the architecture, tokenizer and statistics of a tiny pi0."""
-    return tiny.write_architecture(tmp_path_factory.mktemp("tiny_pi0"))
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders with the architecture, tokenizer and statistics of tiny models, by kind."""
+    vision_language = {kind: tiny_vla.write(tmp_path_factory.mktemp(kind), kind) for kind in tiny_vla.WRITERS}
+    return {"pi0": tiny.write_architecture(tmp_path_factory.mktemp("pi0")), **vision_language}

@@ -19,7 +19,7 @@ from mmrl.protocols import Advantages, LikelihoodPolicy, LossContext, Policy, Va
 from mmrl.types import Batch, Decision, EpisodeRecord, Rollout
 from mmrl.updates import RolloutUpdate
 from policies.mlp import MLP
-from tests.policies import tiny
+from tests.policies import tiny, tiny_vla
 
 
 def _mlp(**fields: Any) -> MLP:
@@ -29,25 +29,36 @@ def _mlp(**fields: Any) -> MLP:
 
 
 # name -> how to build it from the fixtures' folders; its parameters must be such that no output is trivially zero.
-POLICIES: dict[str, Callable[[str], Any]] = {
-    "pi0 flow_sde": lambda folder: tiny.build(folder),
-    "pi0 flow_sde, all steps as units": lambda folder: tiny.build(folder, stochastic_steps="all", granularity="step"),
-    "pi0 flow_noise, actions as units": lambda folder: tiny.build(folder, sampler="flow_noise", granularity="action"),
-    "pi0 cps, re-encoded": lambda folder: tiny.build(folder, sampler="cps", cache_prefix=False),
-    "pi0, a critic that knows the time": lambda folder: tiny.build(folder, critic={"inputs": ["state_token", "time"]}),
-    "pi0 lora": lambda folder: tiny.build(folder, train="lora"),
-    "pi0 all, without critic": lambda folder: tiny.build(folder, train="all", critic=None),
-    "mlp gaussian": lambda folder: _mlp(action_dim=3, log_std=-0.7),
-    "mlp gaussian, one trunk, normalised": lambda folder: _mlp(action_dim=2, critic="shared", normalize=True),
-    "mlp choices": lambda folder: _mlp(choices=(5, 3)),
-    "mlp choices, without critic": lambda folder: _mlp(choices=(6,), critic=None, activation="relu"),
+POLICIES: dict[str, Callable[[Mapping[str, str]], Any]] = {
+    "pi0 flow_sde": lambda folders: tiny.build(folders["pi0"]),
+    "pi0 flow_sde, all steps as units": lambda folders: tiny.build(folders["pi0"], stochastic_steps="all", granularity="step"),
+    "pi0 flow_noise, actions as units": lambda folders: tiny.build(folders["pi0"], sampler="flow_noise", granularity="action"),
+    "pi0 cps, re-encoded": lambda folders: tiny.build(folders["pi0"], sampler="cps", cache_prefix=False),
+    "pi0, a critic that knows the time": lambda folders: tiny.build(folders["pi0"], critic={"inputs": ["state_token", "time"]}),
+    "pi0 lora": lambda folders: tiny.build(folders["pi0"], train="lora"),
+    "pi0 all, without critic": lambda folders: tiny.build(folders["pi0"], train="all", critic=None),
+    "mlp gaussian": lambda _: _mlp(action_dim=3, log_std=-0.7),
+    "mlp gaussian, one trunk, normalised": lambda _: _mlp(action_dim=2, critic="shared", normalize=True),
+    "mlp choices": lambda _: _mlp(choices=(5, 3)),
+    "mlp choices, without critic": lambda _: _mlp(choices=(6,), critic=None, activation="relu"),
+    "paligemma, tokens": lambda folders: tiny_vla.build(folders["paligemma"], state="bins"),
+    "paligemma, actions, critic after the first action": lambda folders: tiny_vla.build(
+        folders["paligemma"], granularity="action", critic={"input": "first_action", "hidden": (8,), "detach": False}
+    ),
+    "paligemma, a critic that knows the time": lambda folders: tiny_vla.build(
+        folders["paligemma"], critic={"time": True, "hidden": (8,)}
+    ),
+    "paligemma lora, chunks": lambda folders: tiny_vla.build(folders["paligemma"], train="lora", granularity="chunk"),
+    "qwen, tokens": lambda folders: tiny_vla.build(folders["qwen"], attention="sdpa"),
+    "qwen lora, actions": lambda folders: tiny_vla.build(folders["qwen"], train="lora", granularity="action", state="bins"),
+    "qwen, chunks, without critic": lambda folders: tiny_vla.build(folders["qwen"], granularity="chunk", critic=None),
 }
 B, T = 5, 2
 
 
 @pytest.fixture(params=POLICIES.values(), ids=list(POLICIES))
-def make(request: pytest.FixtureRequest, tiny_pi0: str) -> Callable[[], Any]:
-    return lambda: request.param(tiny_pi0)
+def make(request: pytest.FixtureRequest, folders: Mapping[str, str]) -> Callable[[], Any]:
+    return lambda: request.param(folders)
 
 
 @pytest.fixture

@@ -226,7 +226,7 @@ PI0: tuple[Row, ...] = (
     ),
     (
         "adapters not merged",
-        "policies/pi0_parts/weights.py",
+        "policies/shared/adapters.py",
         "child.merge()",
         "child.unmerge()",
         "tests/policies/test_pi0_checkpoint.py::test_adapters_are_merged_when_saved",

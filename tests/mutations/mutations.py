@@ -169,6 +169,9 @@ CORE = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _BE
 _GYMNASIUM = runpy.run_path(str(Path(__file__).with_name("gymnasium_rows.py")))["GYMNASIUM"]
 GYMNASIUM = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _GYMNASIUM)
 
+_TOKENS = runpy.run_path(str(Path(__file__).with_name("token_vla_rows.py")))["TOKEN_VLA"]
+TOKEN_VLA = tuple(Mutation(f"token vla: {name}", *rest, tests=tuple(tests.split())) for name, *rest, tests in _TOKENS)
+
 _DATA = runpy.run_path(str(Path(__file__).with_name("data_sets.py")))["DATA"]
 DATA = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _DATA)
 
@@ -177,4 +180,4 @@ _TABLETOP = runpy.run_path(str(Path(__file__).with_name("tabletop_rows.py")))["T
 _ADAPTERS = runpy.run_path(str(Path(__file__).with_name("adapter_rows.py")))["ADAPTERS"]
 ADAPTERS = tuple(Mutation(name, *rest, tests=tuple(tests.split())) for name, *rest, tests in _ADAPTERS)
 TABLETOP = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _TABLETOP)
-MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM, *DATA, *ROBOTS, *TABLETOP, *ADAPTERS)
+MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM, *TOKEN_VLA, *DATA, *ROBOTS, *TABLETOP, *ADAPTERS)

@@ -17,7 +17,8 @@ from mmrl.errors import MMRLError
 from mmrl.types import Decision, Examples, Observation
 from policies.pi0 import Pi0
 from policies.pi0_parts.options import CriticConfig, LoraOptions
-from policies.pi0_parts.weights import HEADS_FILE, Statistics
+from policies.pi0_parts.weights import Statistics
+from policies.shared.checkpoints import HEADS_FILE
 from tests.policies import tiny
 
 

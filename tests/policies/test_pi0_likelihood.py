@@ -15,9 +15,10 @@ from torch.distributions import Normal
 from mmrl.errors import MMRLError
 from mmrl.types import Decision, Evaluation
 from policies.pi0 import Pi0
-from policies.pi0_parts.heads import TIME_FEATURES, CriticHead, NoiseHead, time_features
+from policies.pi0_parts.heads import NoiseHead
 from policies.pi0_parts.options import CriticConfig
 from policies.pi0_parts.sampling import Sampler
+from policies.shared.heads import TIME_FEATURES, CriticHead, time_features
 from tests.policies import tiny
 
 SAMPLERS = ("flow_sde", "flow_noise", "cps")

@@ -1,0 +1,1 @@
+"""What several policies share: heads, adapters, and the files of a checkpoint."""

@@ -1,0 +1,41 @@
+"""Low-rank adapters (peft) beside a model's linear layers, and how they are merged into the weights that are saved."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from mmrl.errors import MMRLError
+from policies.shared.checkpoints import first_line
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def add_adapters(model: nn.Module, *, rank: int, alpha: int, modules: str, seed: int) -> None:
+    """Put trainable low-rank adapters beside the layers whose names match ``modules``; freeze all the rest.
+
+    ``seed`` initialises them.
+    """
+    config: Any = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, model)
+        except ValueError as error:
+            raise MMRLError(f"policy.lora.modules = {modules!r} fits no layer ({first_line(error)})") from error
+
+
+def merged(model: Model) -> Model:
+    """A copy with every peft adapter merged into its base layer, so that the names are transformers' own again."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                child.merge()  # type: ignore[operator]
+                setattr(parent, name, child.get_base_layer())
+    return model

@@ -1,0 +1,73 @@
+"""The files of a checkpoint that transformers does not know, or knows under several names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from mmrl.errors import MMRLError
+
+STATISTICS_FILE = "statistics.json"
+HEADS_FILE = "heads.safetensors"
+
+
+def load_tokenizer(checkpoint: str, elsewhere: str | None = None, *, remedy: str = "") -> PreTrainedTokenizerBase:
+    """The tokenizer of ``elsewhere`` (policy.tokenizer), or else the checkpoint's.
+
+    Raises MMRLError where there is none, with ``remedy`` as its end if nothing was named.
+    """
+    key, place = ("checkpoint", checkpoint) if elsewhere is None else ("tokenizer", elsewhere)
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        end = remedy if elsewhere is None else ""
+        raise MMRLError(f"policy.{key} = {place}: no tokenizer could be loaded from there ({first_line(error)}){end}") from error
+
+
+def save_heads(heads: Mapping[str, tuple[str, nn.Module]], folder: Path) -> None:
+    """Each head's weights under its name, beside the sentence that says what it computes (no heads: no file)."""
+    tensors = {
+        f"{name}.{key}": value.contiguous() for name, (_, head) in heads.items() for key, value in head.state_dict().items()
+    }
+    (folder / HEADS_FILE).unlink(missing_ok=True)
+    if tensors:
+        save_file(tensors, folder / HEADS_FILE, metadata={name: says for name, (says, _) in heads.items()})
+
+
+def load_heads(heads: Mapping[str, tuple[str, nn.Module]], checkpoint: str) -> None:
+    """Fill the heads that the checkpoint has and that compute the same there; leave the others as they are."""
+    found = find_file(checkpoint, HEADS_FILE)
+    if found is None:
+        return
+    try:
+        with safe_open(found, "pt") as file:
+            saved = file.metadata() or {}
+            for name, (says, head) in heads.items():
+                if saved.get(name) == says:
+                    head.load_state_dict({key: file.get_tensor(f"{name}.{key}") for key in head.state_dict()})
+    except (SafetensorError, RuntimeError) as error:
+        raise MMRLError(
+            f"{found}: the saved heads cannot be read ({first_line(error)}); delete it to start with fresh heads"
+        ) from error
+
+
+def find_file(checkpoint: str, name: str) -> Path | None:
+    """Where the file ``name`` of a folder or hub id is; None if it has none."""
+    if Path(checkpoint).is_dir():
+        path = Path(checkpoint) / name
+        return path if path.is_file() else None
+    try:
+        found = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return None
+    return Path(found) if found else None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,1 @@
+"""What policies/token_vla.py is made of."""
