@@ -74,7 +74,11 @@ class Pi0(nn.Module):
         dtype = _DTYPES[config.dtype]
         self.model = load_model(config.checkpoint, config.weights, dtype, config.attention, config.seed)
         self.statistics = load_statistics(config.checkpoint)
-        tokenizer = load_tokenizer(config.checkpoint, config.tokenizer, remedy="; name one with policy.tokenizer")
+        tokenizer = (
+            load_tokenizer(config.tokenizer, key="tokenizer")
+            if config.tokenizer
+            else load_tokenizer(config.checkpoint, remedy="; name one with policy.tokenizer")
+        )
         self._hf_tokenizer, self._tokenizer = tokenizer, Tokenizer(tokenizer, config.max_text_tokens)
         self._arch: Any = (arch := self.model.config)
         self.horizon, self._padded_dim = arch.chunk_size, arch.max_action_dim

@@ -17,17 +17,13 @@ STATISTICS_FILE = "statistics.json"
 HEADS_FILE = "heads.safetensors"
 
 
-def load_tokenizer(checkpoint: str, elsewhere: str | None = None, *, remedy: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer of ``elsewhere`` (policy.tokenizer), or else the checkpoint's.
-
-    Raises MMRLError where there is none, with ``remedy`` as its end if nothing was named.
-    """
-    key, place = ("checkpoint", checkpoint) if elsewhere is None else ("tokenizer", elsewhere)
+def load_tokenizer(place: str, *, key: str = "checkpoint", remedy: str = "") -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id that the policy's field ``key`` names."""
     try:
         return AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
-        end = remedy if elsewhere is None else ""
-        raise MMRLError(f"policy.{key} = {place}: no tokenizer could be loaded from there ({first_line(error)}){end}") from error
+        reason = f"no tokenizer could be loaded from there ({first_line(error)})"
+        raise MMRLError(f"policy.{key} = {place}: {reason}{remedy}") from error
 
 
 def save_heads(heads: Mapping[str, tuple[str, nn.Module]], folder: Path) -> None:

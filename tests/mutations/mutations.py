@@ -180,4 +180,17 @@ _TABLETOP = runpy.run_path(str(Path(__file__).with_name("tabletop_rows.py")))["T
 _ADAPTERS = runpy.run_path(str(Path(__file__).with_name("adapter_rows.py")))["ADAPTERS"]
 ADAPTERS = tuple(Mutation(name, *rest, tests=tuple(tests.split())) for name, *rest, tests in _ADAPTERS)
 TABLETOP = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _TABLETOP)
-MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *PI0, *CORE, *GYMNASIUM, *TOKEN_VLA, *DATA, *ROBOTS, *TABLETOP, *ADAPTERS)
+MUTATIONS = (
+    *FLOW,
+    *ADVANTAGES,
+    *LOSSES,
+    *OTHERS,
+    *PI0,
+    *CORE,
+    *GYMNASIUM,
+    *TOKEN_VLA,
+    *DATA,
+    *ROBOTS,
+    *TABLETOP,
+    *ADAPTERS,
+)
