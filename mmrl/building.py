@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.component import Component
 from mmrl.config import RunConfig, StageConfig
 from mmrl.errors import CheckpointError, MMRLError, TrainingError
-from mmrl.protocols import Environment
+from mmrl.protocols import AsyncEnvironment, Environment
+from mmrl.workers.remote import RemoteEnvironment
 
 LOCK = ".lock"
 
@@ -34,10 +36,39 @@ def build_environment(
     config: RunConfig, num_envs: int, device: torch.device, *changes: tuple[str, Mapping[str, Any]]
 ) -> Environment:
     """The run's environment with ``changes`` laid over it, one after the other: (dotted key for messages, fields)."""
-    component = config.environment
+    return _changed(config.environment, changes).build(num_envs=num_envs, device=device)
+
+
+def build_parts(
+    config: RunConfig, num_envs: int, parts: int, device: torch.device, *changes: tuple[str, Mapping[str, Any]]
+) -> list[Environment]:
+    """As ``build_environment``, but in ``parts`` of equal size, of which each can simulate while the policy acts for another.
+
+    Of a simulator that cannot do that by itself each part gets a process of its own. A single part stays as it is.
+    """
+    component = _changed(config.environment, changes)
+
+    def build(size: int) -> Environment:
+        if parts == 1 or issubclass(component.cls, AsyncEnvironment):
+            return component.build(num_envs=size, device=device)
+        threads = config.threads or 1
+        return RemoteEnvironment(component.target, component.config, num_envs=size, device=device, threads=threads)
+
+    built: list[Environment] = []
+    try:
+        for _ in range(parts):
+            built.append(build(num_envs // parts))
+    except BaseException:
+        for environment in built:
+            environment.close()
+        raise
+    return built
+
+
+def _changed(component: Component, changes: Sequence[tuple[str, Mapping[str, Any]]]) -> Component:
     for where, fields in changes:
         component = component.override(fields, where=where)
-    return component.build(num_envs=num_envs, device=device)
+    return component
 
 
 def load_weights(policy: Any, state: Mapping[str, Tensor], problem: str, kind: type[MMRLError] = CheckpointError) -> None:

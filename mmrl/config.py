@@ -42,7 +42,9 @@ class CollectConfig(Block):
     """How a stage gathers its own experience."""
 
     num_envs: PositiveInt
-    """Environments that run in lock-step."""
+    """Environments that are played at a time."""
+    parts: PositiveInt = 1
+    """Parts they are split into: the policy acts for one while the others simulate, in processes of their own; 1: no overlap."""
     decisions: PositiveInt | None = None
     """Decisions of each environment per iteration; null: as many as the longest episode takes."""
     auto_reset: bool | None = None
@@ -264,7 +266,7 @@ def _refusals(config: RunConfig) -> Iterator[str]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"'stages' has {names.count(name)} stages called '{name}'; each needs a name of its own"
     for stage in config.stages:
-        for check in (_blocks, _capabilities, _groups):
+        for check in (_blocks, _capabilities, _sizes):
             yield from check(config, stage)
         yield from _overridden(config.policy, stage.policy, f"stages.{stage.name}.policy")
         yield from _overridden(config.environment, stage.environment, f"stages.{stage.name}.environment")
@@ -324,11 +326,21 @@ def _needs(stage: StageConfig) -> frozenset[str]:
     return stage.algorithm.cls.needs  # type: ignore[attr-defined]
 
 
-def _groups(config: RunConfig, stage: StageConfig) -> Iterator[str]:
+def _sizes(config: RunConfig, stage: StageConfig) -> Iterator[str]:
+    """Environments that cannot be split into equal parts, or parts into groups."""
+    if stage.collect is None:
+        return
+    key, num_envs, parts = f"stages.{stage.name}", stage.collect.num_envs, stage.collect.parts
+    if num_envs % parts:
+        yield f"'{key}.collect.parts' is {parts}, which does not divide '{key}.collect.num_envs' ({num_envs})"
+        return
     size = getattr(stage.algorithm.config, "group_size", 1)
-    if stage.collect is not None and stage.collect.num_envs % size:
-        key = f"stages.{stage.name}"
-        yield f"'{key}.algorithm.group_size' is {size}, which does not divide '{key}.collect.num_envs' ({stage.collect.num_envs})"
+    if num_envs // parts % size:
+        whole = f"'{key}.collect.num_envs' ({num_envs})"
+        each = (
+            whole if parts == 1 else f"the {num_envs // parts} environments of a part: {whole} / '{key}.collect.parts' ({parts})"
+        )
+        yield f"'{key}.algorithm.group_size' is {size}, which does not divide {each}"
 
 
 def _overridden(component: Component, changes: dict[str, Any], key: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,7 +26,10 @@ STATISTICS_EXAMPLES = 4096  # examples a policy without normalisation statistics
 
 @dataclass
 class Setting:
-    """What a stage gives its learner. ``where`` names the stage in messages, ``index`` is its place in the run."""
+    """What a stage gives its learner. ``where`` names the stage in messages, ``index`` is its place in the run.
+
+    make_environments: takes how many, and in how many parts that simulate beside one another (see build_parts).
+    """
 
     where: str
     index: int
@@ -35,7 +38,7 @@ class Setting:
     algorithm: Any
     streams: Streams
     device: torch.device
-    make_environment: Callable[[int], Environment]
+    make_environments: Callable[[int, int], Sequence[Environment]]
     make_source: Callable[[str, Component], ExampleSource]
 
     def optimization(self, total_updates: int) -> Optimization:
@@ -98,10 +101,10 @@ class RolloutLearner(Learner):
         self._policy = policy
         self._value = policy.value if "critic" in algorithm.needs else None
         reset = not algorithm.whole_episodes if config.collect.auto_reset is None else config.collect.auto_reset
-        self._environment = setting.make_environment(config.collect.num_envs)
+        self._environments = setting.make_environments(config.collect.num_envs, config.collect.parts)
         self._collector = Collector(
-            [self._environment],
-            decisions=_decisions(setting, self._environment, reset),
+            self._environments,
+            decisions=_decisions(setting, self._environments[0], reset),
             seed=derive_seed(setting.streams.seed, "collect"),
             device=setting.device,
             group_size=algorithm.group_size,
@@ -162,7 +165,8 @@ class RolloutLearner(Learner):
             self._reference.load_state_dict(sections["reference"])
 
     def close(self) -> None:
-        self._environment.close()
+        for environment in self._environments:
+            environment.close()
 
 
 _LEARNERS: dict[str, Callable[[Setting], Learner]] = {"rollout": RolloutLearner, "examples": ExampleLearner}

@@ -47,6 +47,19 @@ class Environment(Protocol):
 
 
 @runtime_checkable
+class AsyncEnvironment(Protocol):
+    """An environment that simulates in processes of its own, so that a policy can act elsewhere in the meantime.
+
+    The first half of a reset or a step returns at once, with the function that waits for its end. That must have been called
+    before anything else is asked of the environment. ``reset`` and ``step`` are both halves in one.
+    """
+
+    def begin_reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Callable[[], Observation]: ...
+
+    def begin_step(self, actions_BCA: Tensor) -> Callable[[], Step]: ...
+
+
+@runtime_checkable
 class ExpertEnvironment(Protocol):
     """An environment that knows how its tasks are solved."""
 

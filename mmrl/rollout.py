@@ -1,4 +1,7 @@
-"""Collecting experience: a policy and batched environments, decision by decision, in lock-step.
+"""Collecting experience: a policy and batched environments, decision by decision.
+
+The slots of an environment run in lock-step. Several environments are a pipeline: the policy acts for one while the others
+simulate, where they can do that beside it (AsyncEnvironment).
 
 Every rollout starts with fresh episodes, so that nothing but a task counter has to survive between iterations (and a resumed run
 is the unbroken run, with any simulator). Within a rollout a slot whose episode ends either starts the next task at once
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mmrl.numerics.draws import Draws
-from mmrl.protocols import Environment, Policy
+from mmrl.protocols import AsyncEnvironment, Environment, Policy
 from mmrl.types import Decision, EpisodeRecord, Observation, Rollout, Step
 
 ValueFunction = Callable[[Observation, Draws], Tensor]
@@ -107,10 +110,8 @@ class Collector:
         parts = [_Part(self, environment, policy, value) for environment in self.environments]
         for _ in range(self.decisions):
             for part in parts:
-                part.follow()
+                part.follow()  # waits for this part alone
                 part.decide()
-        for part in parts:
-            part.follow()
         return _join([part.rollout() for part in parts])
 
 
@@ -124,36 +125,36 @@ class _Part:
         self._tasks_B = collector.take_tasks(size // collector.group_size).repeat_interleave(collector.group_size)
         self._ages_B = torch.zeros_like(self._tasks_B)  # decisions in the running episodes
         self._running_B = torch.ones(size, dtype=torch.bool, device=device)
-        self._observation = self._timed(environment.reset(self._tasks_B))
+        self._observe = _begin_reset(environment, self._tasks_B)  # waits for what the next decision sees
         self._log, self._columns = _EpisodeLog(size, device), []
-        self._pending: tuple[Decision, Step] | None = None
+        self._pending: tuple[Decision, Callable[[], Step]] | None = None
 
     def decide(self) -> None:
         """Act in the slots that run, and let the environment begin with what follows."""
         if not bool(self._running_B.any()):
             return
-        draws = self._draws(_ACTION)
+        observation, draws = self._timed(self._observe()), self._draws(_ACTION)
         if bool(self._running_B.all()):
-            decision = self._policy.act(self._observation, draws, explore=True)
+            decision = self._policy.act(observation, draws, explore=True)
         else:
             rows = self._running_B.nonzero()[:, 0]
-            decision = self._policy.act(self._observation.select(rows), draws.select(rows), explore=True)
+            decision = self._policy.act(observation.select(rows), draws.select(rows), explore=True)
             decision = decision.spread(rows, len(self._running_B))
-        self._pending = decision, self._environment.step(decision.action_BCA)
+        self._pending = decision, _begin_step(self._environment, decision.action_BCA)
 
     def follow(self) -> None:
         """See what followed the last decision, if there was one."""
         if self._pending is None:
             return
-        decision, step = self._pending
-        self._pending = None
+        decision, wait = self._pending
+        self._pending, step = None, wait()
         t, running_B = len(self._columns), self._running_B
         ended_B = step.done_B & running_B
         self._log.add(t, step, running_B, ended_B, self._tasks_B)
         self._ages_B = self._ages_B + 1
-        self._observation = self._timed(step.observation)
-        final_values_B = self._values_of(self._observation, ended_B & step.truncated_B)
+        final_values_B = self._values_of(step.observation, ended_B & step.truncated_B)
         self._columns.append(_Column(decision, step, running_B, self._tasks_B, final_values_B))
+        self._observe = lambda: step.observation
         if not self._collector.auto_reset:
             self._running_B = running_B & ~ended_B
         elif t + 1 < self._collector.decisions and bool(ended_B.any()):
@@ -163,11 +164,13 @@ class _Part:
         self._tasks_B = self._tasks_B.clone()
         self._tasks_B[ended_B] = self._collector.take_tasks(int(ended_B.sum()))
         self._ages_B = torch.where(ended_B, 0, self._ages_B)
-        self._observation = self._timed(self._environment.reset(self._tasks_B, ended_B))
+        self._observe = _begin_reset(self._environment, self._tasks_B, ended_B)
 
     def rollout(self) -> Rollout:
+        """What was recorded, when the last decision has been followed."""
+        self.follow()
         last = self._columns[-1].step
-        last_values_B = self._values_of(self._observation, self._running_B & ~last.done_B)
+        last_values_B = self._values_of(last.observation, self._running_B & ~last.done_B)
         if not self._collector.auto_reset:  # whole episodes were asked for: one that was cut is recorded as it stands
             self._log.finish(last, self._running_B & ~last.done_B, self._tasks_B)
         return _assemble(self._columns, last_values_B, self._log)
@@ -183,8 +186,26 @@ class _Part:
         values_B = torch.zeros(where_B.shape, device=where_B.device)
         if self._value is not None and bool(where_B.any()):
             rows = where_B.nonzero().squeeze(1)
-            values_B[rows] = self._value(observation.select(rows), self._draws(_VALUE).select(rows)).to(values_B.dtype)
+            values_B[rows] = self._value(self._timed(observation).select(rows), self._draws(_VALUE).select(rows)).to(
+                values_B.dtype
+            )
         return values_B
+
+
+def _begin_reset(environment: Environment, task_ids_B: Tensor, where_B: Tensor | None = None) -> Callable[[], Observation]:
+    """The function that waits for the observations."""
+    if isinstance(environment, AsyncEnvironment):
+        return environment.begin_reset(task_ids_B, where_B)
+    observation = environment.reset(task_ids_B, where_B)
+    return lambda: observation
+
+
+def _begin_step(environment: Environment, actions_BCA: Tensor) -> Callable[[], Step]:
+    """The function that waits for what follows."""
+    if isinstance(environment, AsyncEnvironment):
+        return environment.begin_step(actions_BCA)
+    step = environment.step(actions_BCA)
+    return lambda: step
 
 
 def _assemble(columns: Sequence[_Column], last_values_B: Tensor, log: _EpisodeLog) -> Rollout:

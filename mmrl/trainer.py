@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mmrl import checkpoint
-from mmrl.building import build_environment, build_policy, choose_device, exclusive, load_weights
+from mmrl.building import build_environment, build_parts, build_policy, choose_device, exclusive, load_weights
 from mmrl.component import Component
 from mmrl.config import RunConfig, dump, load
 from mmrl.errors import CheckpointError, ConfigError, MMRLError, TrainingError
@@ -161,8 +161,8 @@ class Stage:
     def _setting(self) -> Setting:
         run = self.run_
 
-        def environment(num_envs: int) -> Environment:
-            return build_environment(run.config, num_envs, run.device, self._environment_changes())
+        def environments(num_envs: int, parts: int) -> Sequence[Environment]:
+            return build_parts(run.config, num_envs, parts, run.device, self._environment_changes())
 
         return Setting(
             self.where,
@@ -172,7 +172,7 @@ class Stage:
             self.algorithm,
             run.streams,
             run.device,
-            environment,
+            environments,
             self._make_source,
         )
 

@@ -8,6 +8,8 @@ An episode ends with ManiSkill's success or failure.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,12 @@ class ManiSkill:
 
     def step(self, actions_BCA: Tensor) -> Step:
         return self._inner.step(actions_BCA)
+
+    def begin_reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Callable[[], Observation]:
+        return self._inner.begin_reset(task_ids_B, where_B)
+
+    def begin_step(self, actions_BCA: Tensor) -> Callable[[], Step]:
+        return self._inner.begin_step(actions_BCA)
 
     def expert_action(self) -> Tensor:
         """The scripted expert's next action in each slot: [B, A]. Raises MMRLError where the task has none."""

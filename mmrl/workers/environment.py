@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,8 @@ from torch import Tensor
 
 from mmrl.types import Observation, Step
 from mmrl.workers.board import Board
-from mmrl.workers.pool import WorkerPool
-from mmrl.workers.process import Chunk
+from mmrl.workers.pool import START_LIMIT, TIME_LIMIT, Call, WorkerPool
+from mmrl.workers.process import Chunk, Worker
 
 
 class WorkerEnvironment:
@@ -33,17 +35,17 @@ class WorkerEnvironment:
         num_envs: int,
         device: torch.device,
         workers: int | None = None,
-        time_limit: float = 120.0,
-        start_limit: float = 600.0,
+        time_limit: float = TIME_LIMIT,
+        start_limit: float = START_LIMIT,
     ) -> None:
         self.num_envs, self.device = num_envs, device
         count = min(num_envs, workers or os.cpu_count() or 1)
         parts = [part.tolist() for part in torch.arange(num_envs).tensor_split(count)]
         self._slots = parts
         self._worker_of = {slot: index for index, part in enumerate(parts) for slot in part}
-        self.pool = WorkerPool(target, config, parts, time_limit=time_limit, start_limit=start_limit)
+        self.pool = WorkerPool(Worker, target, config, parts, time_limit=time_limit, start_limit=start_limit)
         self.description = self.pool.description
-        self._board = Board(self.description, num_envs)
+        self._board = Board(self.description, num_envs, device=device)
         self.pool.attach(self._board.name, num_envs)
         self.action_spec, self.max_steps = self.description.action_spec, self.description.max_steps
         self._low_A, self._high_A = np.array(self.action_spec.low, np.float32), np.array(self.action_spec.high, np.float32)
@@ -55,6 +57,9 @@ class WorkerEnvironment:
         self._metrics_BM = torch.zeros(num_envs, len(self.description.metrics))
 
     def reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Observation:
+        return self.begin_reset(task_ids_B, where_B)()
+
+    def begin_reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Callable[[], Observation]:
         if task_ids_B.shape != (self.num_envs,):
             raise ValueError(f"reset needs one task id per slot, shape ({self.num_envs},); got {tuple(task_ids_B.shape)}")
         chosen = range(self.num_envs) if where_B is None else where_B.nonzero()[:, 0].tolist()
@@ -62,31 +67,46 @@ class WorkerEnvironment:
         for tensor in (self._running_B, self._held_B, self._lost_B, self._terminated_B, self._truncated_B):
             tensor[list(tasks)] = False
         self._metrics_BM[list(tasks)] = 0.0
-        while tasks:  # the pool gives up on a worker that is lost again and again
+        return partial(self._finish_reset, tasks, self._send_reset(tasks))
+
+    def _send_reset(self, tasks: dict[int, int]) -> Call:
+        asked = self._by_worker(list(tasks))
+        arguments = {index: ({slot: tasks[slot] for slot in slots},) for index, slots in asked.items()}
+        return self.pool.send("reset", arguments, units=max(map(len, asked.values()), default=1))
+
+    def _finish_reset(self, tasks: dict[int, int], call: Call) -> Observation:
+        while True:
             asked = self._by_worker(list(tasks))
-            for index in asked:
-                self.pool.start(index)
-            arguments = {index: ({slot: tasks[slot] for slot in slots},) for index, slots in asked.items()}
-            answers = self.pool.call("reset", arguments, units=max(map(len, asked.values())))
+            answers = self.pool.collect(call)
             for instructions in answers.values():
                 for slot, sentence in instructions.items():
                     self._instructions[slot] = sentence
                     self._running_B[slot] = self._held_B[slot] = True
                     del tasks[slot]
             self._drop(set(asked) - set(answers))
-        return self._observe()
+            if not tasks:
+                return self._observe()
+            for index in self._by_worker(list(tasks)):  # lost now or before; the pool gives up if it is lost again and again
+                self.pool.start(index)
+            call = self._send_reset(tasks)
 
     def step(self, actions_BCA: Tensor) -> Step:
+        return self.begin_step(actions_BCA)()
+
+    def begin_step(self, actions_BCA: Tensor) -> Callable[[], Step]:
         if actions_BCA.dim() != 3 or actions_BCA.shape[::2] != (self.num_envs, self.action_spec.dim):
             shape = f"({self.num_envs}, C, {self.action_spec.dim})"
             raise ValueError(f"step needs actions of shape {shape}; got {tuple(actions_BCA.shape)}")
         actions = actions_BCA.detach().cpu().numpy().astype(np.float32).clip(self._low_A, self._high_A)
-        rewards_BC = torch.zeros(actions.shape[:2])
-        valid_BC = torch.zeros(actions.shape[:2], dtype=torch.bool)
         asked = self._by_worker(self._running_B.nonzero()[:, 0].tolist())
         arguments = {index: ({slot: actions[slot] for slot in slots},) for index, slots in asked.items()}
         units = actions.shape[1] * max(map(len, asked.values()), default=1)
-        answers: dict[int, Chunk] = self.pool.call("step", arguments, units=units)
+        return partial(self._finish_step, asked, actions.shape[1], self.pool.send("step", arguments, units=units))
+
+    def _finish_step(self, asked: dict[int, list[int]], count: int, call: Call) -> Step:
+        rewards_BC = torch.zeros(self.num_envs, count)
+        valid_BC = torch.zeros(self.num_envs, count, dtype=torch.bool)
+        answers: dict[int, Chunk] = self.pool.collect(call)
         for index, chunk in answers.items():
             slots = asked[index]
             rewards_BC[slots] = torch.from_numpy(chunk.rewards_kC)
@@ -152,5 +172,4 @@ class WorkerEnvironment:
 
     def _observe(self) -> Observation:
         images, state_BS = self._board.read()
-        images = {name: image.to(self.device) for name, image in images.items()}
-        return Observation(images, None if state_BS is None else state_BS.to(self.device), tuple(self._instructions))
+        return Observation(images, state_BS, tuple(self._instructions))

@@ -22,6 +22,7 @@ from mmrl.workers.server import PRELOAD
 from mmrl.workers.single import Description
 
 LOG = logging.getLogger("mmrl.workers")
+TIME_LIMIT, START_LIMIT = 120.0, 600.0  # seconds, where nobody says otherwise
 GRACE = 5.0  # seconds a worker gets to end by itself
 PATIENCE = 3  # times in a row a worker may be lost without having finished a call of ``step`` in between
 # Processes are forked from a server that is started apart: no thread, GPU context or lock of the parent's gets into them, and
@@ -52,28 +53,40 @@ class _Member:
     description: Description | None = None
 
 
-class WorkerPool:
-    """A worker for each entry of ``slots``, each with the single environments of these slots.
+@dataclass
+class Call:
+    """A call that was sent. waiting: connection -> index of the workers that may answer it until ``deadline``."""
 
-    target, config: the class of one environment (``package.module:Name``) and what it is built with. time_limit: seconds that a
-    call may take, counted for each action of a chunk or each reset. start_limit: seconds to start, imports included.
+    command: str
+    seconds: float
+    deadline: float
+    waiting: dict[Any, int]
+
+
+class WorkerPool:
+    """A worker for each entry of ``shares``, each of which is a ``kind(target, config, share)`` whose methods can be called.
+
+    kind: Worker with a list of slots as its share, or Batch (see their modules). target, config: the class of the environment
+    (``package.module:Name``) and what it is built with. time_limit: seconds that a call may take, counted from its sending and
+    for each action of a chunk or each reset. start_limit: seconds to start, imports included.
     ``lost`` counts workers that were replaced. Raises WorkerError where a worker cannot be kept alive, MMRLError with the
     worker's own sentence, and RuntimeError with the worker's traceback where an environment raised anything else.
     """
 
     def __init__(
-        self, target: str, config: Any, slots: Sequence[Sequence[int]], *, time_limit: float, start_limit: float
+        self, kind: type, target: str, config: Any, shares: Sequence[Any], *, time_limit: float, start_limit: float
     ) -> None:
-        self._target, self._config, self._slots = target, config, [list(part) for part in slots]
+        self._kind, self._target, self._config, self._shares = kind, target, config, list(shares)
         self.time_limit, self._start_limit = time_limit, start_limit
         self.lost = 0
-        self._failures = [0] * len(self._slots)
+        self._failures = [0] * len(self._shares)
         self._board: tuple[str, int] | None = None
-        self._members: list[_Member | None] = [None] * len(self._slots)
-        preload(target.partition(":")[0])
+        self._members: list[_Member | None] = [None] * len(self._shares)
+        self._sent: Call | None = None
+        preload(kind.__module__, target.partition(":")[0])
         try:
-            self._members = [self._spawn(index) for index in range(len(self._slots))]
-            descriptions = [self.start(index) for index in range(len(self._slots))]
+            self._members = [self._spawn(index) for index in range(len(self._shares))]
+            descriptions = [self.start(index) for index in range(len(self._shares))]
         except BaseException:
             self.close()
             raise
@@ -87,7 +100,7 @@ class WorkerPool:
     def attach(self, name: str, num_envs: int) -> None:
         """Give every worker, and each that will replace one, the memory to write observations to."""
         self._board = (name, num_envs)
-        self.call("attach", dict.fromkeys(range(len(self._slots)), self._board))
+        self.call("attach", dict.fromkeys(range(len(self._shares)), self._board))
 
     def start(self, index: int) -> Description:
         """Wait until worker ``index`` can be called; one that was lost is replaced. Raises WorkerError after PATIENCE tries."""
@@ -105,46 +118,61 @@ class WorkerPool:
 
         units: how many times ``time_limit`` the call may take. Workers that are not there are not called.
         """
-        try:
-            answers = self._call(command, arguments, self.time_limit * max(units, 1))
-        except BaseException:  # the answers of the other workers are still on their way: the pool is of no use any more
-            self.close()
-            raise
-        if command == "step":
+        return self.collect(self.send(command, arguments, units=units))
+
+    def send(self, command: str, arguments: Mapping[int, tuple[Any, ...]], *, units: int = 1) -> Call:
+        """The first half of ``call``, which does not wait; ``collect`` is the second, and must follow before the next call."""
+        if self._sent is not None:
+            raise RuntimeError(f"'{command}' was begun before '{self._sent.command}' was finished")
+        seconds = self.time_limit * max(units, 1)
+        call = self._sent = Call(command, seconds, time.monotonic() + seconds, {})
+        with self._whole_or_closed():
+            for index, given in arguments.items():
+                member = self._members[index]
+                if member is None:
+                    continue
+                try:
+                    member.connection.send((command, given))
+                    call.waiting[member.connection] = index
+                except OSError:
+                    self._lose(index, f"died before '{command}'")
+        return call
+
+    def collect(self, call: Call) -> dict[int, Any]:
+        """Wait for the answers to what was sent."""
+        self._sent = None
+        answers: dict[int, Any] = {}
+        with self._whole_or_closed():
+            while call.waiting:
+                # What came in time counts, however late it is looked at.
+                ready = wait(list(call.waiting), timeout=max(call.deadline - time.monotonic(), 0))
+                if not ready:
+                    for index in call.waiting.values():
+                        self._lose(index, f"did not finish '{call.command}' within {call.seconds:g} seconds")
+                    break
+                for connection in ready:
+                    index = call.waiting.pop(connection)
+                    answer = self._receive(index, call.command)
+                    if answer is not None:
+                        answers[index] = answer[0]
+        if call.command == "step":
             for index in answers:
                 self._failures[index] = 0
         return answers
 
-    def _call(self, command: str, arguments: Mapping[int, tuple[Any, ...]], seconds: float) -> dict[int, Any]:
-        deadline = time.monotonic() + seconds
-        waiting: dict[Any, int] = {}
-        for index, given in arguments.items():
-            member = self._members[index]
-            if member is None:
-                continue
-            try:
-                member.connection.send((command, given))
-                waiting[member.connection] = index
-            except OSError:
-                self._lose(index, f"died before '{command}'")
-        answers: dict[int, Any] = {}
-        while waiting:
-            ready = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
-            if not ready:
-                for index in waiting.values():
-                    self._lose(index, f"did not finish '{command}' within {seconds:g} seconds")
-                break
-            for connection in ready:
-                index = waiting.pop(connection)
-                answer = self._receive(index, command)
-                if answer is not None:
-                    answers[index] = answer[0]
-        return answers
+    @contextmanager
+    def _whole_or_closed(self) -> Iterator[None]:
+        """After an exception other answers are still on their way, and the pool is of no use any more."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End all workers; those that do not within GRACE are killed."""
         members = [member for member in self._members if member is not None]
-        self._members = [None] * len(self._slots)
+        self._members, self._sent = [None] * len(self._shares), None
         for member in members:
             with suppress(OSError):
                 member.connection.close()
@@ -159,7 +187,10 @@ class WorkerPool:
     def _spawn(self, index: int) -> _Member:
         ours, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(
-            target=main, args=(theirs, self._target, self._config, self._slots[index]), daemon=True, name=f"worker {index}"
+            target=main,
+            args=(theirs, self._kind, self._target, self._config, self._shares[index]),
+            daemon=True,
+            name=f"worker {index}",
         )
         with _without_main():
             process.start()

@@ -102,13 +102,13 @@ class Worker:
         self._board.write(slot, self._environments[slot].observe())
 
 
-def main(connection: Connection, target: str, config: Any, slots: Sequence[int]) -> None:
-    """Serve the parent until it closes the connection, or dies."""
+def main(connection: Connection, kind: type, target: str, config: Any, share: Any) -> None:
+    """Build ``kind(target, config, share)`` and have it serve the parent until that closes the connection, or dies."""
     _die_with_the_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the connection
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the server's (see mmrl.workers.server)
     torch.set_num_threads(1)
-    worker = _answer(connection, lambda: Worker(target, config, slots), lambda made: made.description)
+    worker = _answer(connection, lambda: kind(target, config, share), lambda made: made.description)
     while worker is not None:
         try:
             command, arguments = connection.recv()
@@ -120,7 +120,7 @@ def main(connection: Connection, target: str, config: Any, slots: Sequence[int])
     os._exit(0)
 
 
-def load(target: str) -> Callable[[Any], SingleEnvironment]:
+def load(target: str) -> Callable[..., Any]:
     """The class ``package.module:Name``. Raises RegistryError, with what to install, where a package is missing."""
     module, _, name = target.partition(":")
     try:

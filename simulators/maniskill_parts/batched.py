@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -77,6 +79,15 @@ class Batched:
             truncated_B=self._late_B.clone(),
             metrics={name: value_B.clone() for name, value_B in self._metrics.items()},
         )
+
+    def begin_reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Callable[[], Observation]:
+        """At once: policy and simulation share the device."""
+        observation = self.reset(task_ids_B, where_B)
+        return lambda: observation
+
+    def begin_step(self, actions_BCA: Tensor) -> Callable[[], Step]:
+        step = self.step(actions_BCA)
+        return lambda: step
 
     def expert_action(self) -> Tensor:
         options = self.options

@@ -13,6 +13,7 @@ from mmrl.protocols import Environment, ExpertEnvironment
 from mmrl.registry import resolve
 from mmrl.types import Observation, Step
 from mmrl.workers.environment import WorkerEnvironment
+from mmrl.workers.remote import RemoteEnvironment
 from simulators.tabletop import Tabletop
 from tests.core.counting import Config as CountingConfig
 
@@ -38,6 +39,14 @@ def _workers(num_envs: int) -> WorkerEnvironment:
     return WorkerEnvironment("tests.core.counting:Counting", CountingConfig(), num_envs=num_envs, device=CPU, workers=2)
 
 
+def _remote(target: str, **fields: Any) -> Callable[[int], Any]:
+    def build(num_envs: int) -> RemoteEnvironment:
+        cls: Any = resolve(target)
+        return RemoteEnvironment(target, cls.Config(**fields), num_envs=num_envs, device=CPU)
+
+    return build
+
+
 # name -> a small, short environment of so many slots
 ENVIRONMENTS: dict[str, Callable[[int], Any]] = {
     "tabletop": lambda num_envs: _tabletop(num_envs),
@@ -48,6 +57,8 @@ ENVIRONMENTS: dict[str, Callable[[int], Any]] = {
     "gymnasium: Pendulum": _gymnasium("Pendulum-v1", max_steps=10),
     "gymnasium: several choices and images": _gymnasium("tests.simulators.pixels:Pixels-v0"),
     "single environments in workers": _workers,
+    "tabletop in a process of its own": _remote("simulators.tabletop:Tabletop", image_size=32, max_steps=_SHORT),
+    "gymnasium in a process of its own": _remote("simulators.gymnasium:Gymnasium", id="Pendulum-v1", max_steps=10),
 }
 # name -> the package that must be installed
 NEEDS = {name: "gymnasium" for name in ENVIRONMENTS if name.startswith("gymnasium")}

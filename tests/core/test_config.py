@@ -187,6 +187,15 @@ def test_each_mistake_has_its_sentence(path: Path, override: str, sentence: str)
     ("override", "keys"),
     [
         ("stages.improve.algorithm.group_size=3", ["stages.improve.algorithm.group_size", "stages.improve.collect.num_envs"]),
+        ("stages.improve.collect.parts=3", ["'stages.improve.collect.parts' is 3", "'stages.improve.collect.num_envs' (8)"]),
+        (
+            "stages.improve={algorithm: {group_size: 4}, collect: {num_envs: 8, parts: 4}}",
+            [
+                "'stages.improve.algorithm.group_size' is 4",
+                "'stages.improve.collect.num_envs' (8)",
+                "'stages.improve.collect.parts' (4)",
+            ],
+        ),
         ("stages.improve.collect=null", ["stages.improve.algorithm", "needs 'stages.improve.collect'"]),
         ("stages.warm.collect={num_envs: 1, decisions: 1}", ["unused key 'stages.warm.collect'", "'stages.warm.algorithm'"]),
         ("stages.warm.data=null", ["'stages.warm.algorithm'", "needs 'stages.warm.data'"]),

@@ -141,7 +141,7 @@ def assert_same(run_dir: Path, unkilled: Path) -> None:
 KILLS = [
     ("before anything but the configuration is written", "mmrl.trainer:_describe_machine", 1),
     ("before the first checkpoint is whole", "mmrl.checkpoint:os.fsync", 4),
-    ("in the first evaluation", "mmrl.evaluation:_play", 2),
+    ("in the first evaluation", "mmrl.playing:Player._round", 2),
     ("in an update from examples", "mmrl.optim:Optimization.step", 2),
     ("while a checkpoint is put in place", "mmrl.checkpoint:_put_in_place", 2),
     ("between two stages", "mmrl.learners:RolloutLearner.__init__", 1),
@@ -150,7 +150,7 @@ KILLS = [
     ("in the middle of an update", "mmrl.optim:Optimization.step", 3),
     ("between a row of metrics and its checkpoint", "mmrl.trainer:Run.save", 1),
     ("while a checkpoint is written", "mmrl.checkpoint:os.fsync", 3),
-    ("in the last evaluation", "mmrl.evaluation:_play", 1),
+    ("in the last evaluation", "mmrl.playing:Player._round", 1),
     ("while the policy is saved", "mmrl.trainer:_save_policy", 1),
 ]
 
@@ -184,6 +184,19 @@ def test_a_kill_from_outside(mmrl: Mmrl, unkilled: Path) -> None:
     code, said = mmrl.resume("outside")
     assert code == 0, said
     assert_same(run_dir, unkilled)
+
+
+def test_a_run_in_parts_ends_where_an_unkilled_one_does(mmrl: Mmrl) -> None:
+    """Its simulators are processes, which die with it."""
+    parts = "stages.improve.collect.parts=2"
+    code, said = mmrl.train("parts", parts)
+    assert code == 0, said
+    code, said = mmrl.train("parts-killed", parts, moment="mmrl.workers.remote:RemoteEnvironment.begin_step", count=12)
+    assert code == -signal.SIGKILL, said  # in the second rollout, whose first part simulates
+    assert '"kind": "train", "stage": "improve", "iteration": 1' in (mmrl.runs / "parts-killed" / "metrics.jsonl").read_text()
+    code, said = mmrl.resume("parts-killed")
+    assert code == 0, said
+    assert_same(mmrl.runs / "parts-killed", mmrl.runs / "parts")
 
 
 @pytest.fixture

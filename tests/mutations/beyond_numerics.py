@@ -307,7 +307,7 @@ CORE: tuple[Row, ...] = (
     (
         "rollout: a cut episode is not bootstrapped",
         "mmrl/rollout.py",
-        "last_values_B = self._values_of(self._observation, self._running_B & ~last.done_B)",
+        "last_values_B = self._values_of(last.observation, self._running_B & ~last.done_B)",
         "last_values_B = torch.zeros(len(self._running_B))",
         "tests/core/test_rollout.py::test_auto_reset_worked_by_hand",
     ),
@@ -335,8 +335,8 @@ CORE: tuple[Row, ...] = (
     (
         "rollout: the final value is that of the decision before",
         "mmrl/rollout.py",
-        "self._observation = self._timed(step.observation)",
-        "self._observation = replace(step.observation, elapsed_B=self._ages_B - 1)",
+        "self._value(self._timed(observation).select(rows)",
+        "self._value(replace(observation, elapsed_B=self._ages_B - 1).select(rows)",
         "tests/core/test_rollout.py::test_policy_and_critic_are_told_how_many_decisions_were_made",
     ),
     (

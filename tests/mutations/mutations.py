@@ -8,6 +8,7 @@ but cannot say which side is right. Name the fastest first, and a test by hand b
 from __future__ import annotations
 
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,38 +163,20 @@ OTHERS = (
     ),
 )  # fmt: skip
 
-_BEYOND = runpy.run_path(str(Path(__file__).with_name("beyond_numerics.py")))
-_ROBOTS = runpy.run_path(str(Path(__file__).with_name("robots.py")))
-PI0 = tuple(Mutation(f"pi0: {name}", *rest, tests=tuple(tests.split())) for name, *rest, tests in _BEYOND["PI0"])
-CORE = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _BEYOND["CORE"])
-_GYMNASIUM = runpy.run_path(str(Path(__file__).with_name("gymnasium_rows.py")))["GYMNASIUM"]
-GYMNASIUM = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _GYMNASIUM)
+# The other files here hold the bugs outside the numerics: groups in capitals, whose rows are (name, file, source, replacement,
+# tests separated by spaces).
+_PREFIXES = {"PI0": "pi0: ", "TOKEN_VLA": "token vla: "}
 
-_TOKENS = runpy.run_path(str(Path(__file__).with_name("token_vla_rows.py")))["TOKEN_VLA"]
-TOKEN_VLA = tuple(Mutation(f"token vla: {name}", *rest, tests=tuple(tests.split())) for name, *rest, tests in _TOKENS)
 
-_DATA = runpy.run_path(str(Path(__file__).with_name("data_sets.py")))["DATA"]
-DATA = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _DATA)
+def _elsewhere() -> Iterator[Mutation]:
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem in ("mutations", "run"):
+            continue
+        for group, rows in runpy.run_path(str(path)).items():
+            if group.isupper() and not group.startswith("_"):
+                yield from (
+                    Mutation(_PREFIXES.get(group, "") + name, *rest, tests=tuple(tests.split())) for name, *rest, tests in rows
+                )
 
-ROBOTS = tuple(Mutation(name, *rest, tests=tuple(tests.split())) for name, *rest, tests in _ROBOTS["ROBOTS"])
-_EVALUATING = runpy.run_path(str(Path(__file__).with_name("evaluating.py")))["EVALUATING"]
-EVALUATING = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _EVALUATING)
-_TABLETOP = runpy.run_path(str(Path(__file__).with_name("tabletop_rows.py")))["TABLETOP"]
-_ADAPTERS = runpy.run_path(str(Path(__file__).with_name("adapter_rows.py")))["ADAPTERS"]
-ADAPTERS = tuple(Mutation(name, *rest, tests=tuple(tests.split())) for name, *rest, tests in _ADAPTERS)
-TABLETOP = tuple(Mutation(*rest, tests=tuple(tests.split())) for *rest, tests in _TABLETOP)
-MUTATIONS = (
-    *FLOW,
-    *ADVANTAGES,
-    *LOSSES,
-    *OTHERS,
-    *PI0,
-    *CORE,
-    *GYMNASIUM,
-    *TOKEN_VLA,
-    *DATA,
-    *ROBOTS,
-    *TABLETOP,
-    *ADAPTERS,
-    *EVALUATING,
-)
+
+MUTATIONS = (*FLOW, *ADVANTAGES, *LOSSES, *OTHERS, *_elsewhere())
