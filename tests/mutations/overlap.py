@@ -33,7 +33,7 @@ OVERLAP: tuple[Row, ...] = (
         "mmrl/rollout.py",
         "        self._observe = _begin_reset(self._environment, self._tasks_B, ended_B)\n",
         "        _begin_reset(self._environment, self._tasks_B, ended_B)()\n",
-        f"{_OVERLAP}::test_a_part_that_starts_anew_is_waited_for_when_it_is_acted_for",
+        "tests/core/test_rollout.py::test_auto_reset_worked_by_hand",
     ),
     (
         "pool: time is counted from when the answer is looked for",
