@@ -18,10 +18,10 @@ from mmrl.trainer import train
 SMALL = (
     "tensorboard=false",
     "environment.workers=1",
-    "evaluation={episodes: 2, num_envs: 2, videos: 0}",
+    "evaluation={episodes: 1, num_envs: 1, videos: 0}",
     "stages.imitate.algorithm.batch_size=4",
     "stages.imitate.iterations=2",
-    "stages.imitate.data={episodes: 2, num_envs: 2, only_successes: false}",
+    "stages.imitate.data={episodes: 1, num_envs: 1, only_successes: false}",
     "stages.improve.iterations=2",
     "stages.improve.algorithm={epochs: 1, critic_warmup: 0}",
     "stages.improve.evaluate_every=0",
@@ -34,7 +34,7 @@ RECIPES = {
         "stages.imitate.data.environment={max_steps: 8}",
         "stages.improve.collect={num_envs: 2, decisions: 3}",
     ),
-    "ppo_pi0_libero": ("robosuite", "environment={max_steps: 10, settle_steps: 1}", "stages.improve.collect.num_envs=2"),
+    "ppo_pi0_libero": ("robosuite", "environment={max_steps: 10, settle_steps: 1}", "stages.improve.collect.num_envs=1"),
 }
 
 
