@@ -10,8 +10,8 @@ and the bound is max(simulation, policy) / (simulation + policy): where one dwar
 Overlap pays only where simulation and policy do not want the same processors: on two processors, not where either side keeps
 both busy by itself. So that nothing but the overlap is gained, the processes that simulate are kept on one half of the
 processors and the policy on the other, on one thread (``--free``: all on all). Two halves of a batch also take a policy longer
-than the whole (a small one on small batches, much longer), or shorter, where the whole no longer fits the caches or a simulation
-in the policy's own process disturbed them: then pipelined may be faster than the bound.
+than the whole (a small one on small batches, much longer) or shorter (smaller tensors, no simulation in the same process); then
+pipelined may be faster than the bound, and says nothing about the pipeline.
 
 "cpu" is processor time over wall time, of all processes: 1 where serial was alone on the machine, between 1 and 2 where
 pipelined was. Where it is lower, other programs had the processors, and the figures say little. ``waiting`` is the control:
