@@ -361,6 +361,13 @@ CORE: tuple[Row, ...] = (
         "tests/core/test_rollout.py::test_a_rollout_does_not_depend_on_how_its_slots_are_shared_out",
     ),
     (
+        "rollout: decisions go to the first slots instead of those that run",
+        "mmrl/types.py",
+        ".index_copy_(0, index_N, rows)",
+        ".index_copy_(0, torch.arange(len(index_N)), rows)",
+        "tests/core/test_rollout.py::test_a_rollout_does_not_depend_on_how_its_slots_are_shared_out",
+    ),
+    (
         "rollout: the policy acts for idle slots",
         "mmrl/rollout.py",
         "if bool(self._running_B.all()):",
