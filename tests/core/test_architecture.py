@@ -17,7 +17,7 @@ import pytest
 from mmrl.describe import descriptions
 from mmrl.registry import PACKAGES, ROOT, install_command
 
-CONTRACTS = ("mmrl.types", "mmrl.protocols", "mmrl.numerics", "mmrl.errors", "mmrl.component")
+CONTRACTS = ("mmrl.types", "mmrl.messages", "mmrl.protocols", "mmrl.numerics", "mmrl.errors", "mmrl.component")
 FREE = ("mmrl",)  # the trainer, the command line and what serves them: all of mmrl, but nothing outside it
 # Module or package -> what of this project it may import; the longest match holds, and a package may always import itself.
 RULES = {
