@@ -8,21 +8,26 @@ import torch
 from torch import Tensor
 
 from mmrl.protocols import Advantages, LikelihoodPolicy
-from mmrl.types import Batch, Rollout
+from mmrl.types import Batch, Rollout, gather
 
 
 def make_batch(rollout: Rollout, advantages: Advantages, policy: LikelihoodPolicy) -> Batch:
-    """The decisions the algorithm keeps, in (T, B) order."""
-    valid, kept = rollout.valid_TB, advantages.keep_TB
+    """The decisions the algorithm keeps, as samples of the policy's making; samples without any are left out."""
+    packing = policy.pack(rollout)
+
+    def of_decisions(x_TB: Tensor) -> Tensor:
+        return gather(x_TB, packing.index_NJ)
+
+    kept_NJ = of_decisions(advantages.keep_TB & rollout.valid_TB)
     batch = Batch(
-        trace=policy.pack(rollout),
-        old_log_probs_NK=rollout.log_probs_TBK[valid],
-        mask_NK=rollout.mask_TBK[valid],
-        advantages_N=advantages.advantages_TB[valid],
-        returns_N=advantages.returns_TB[valid],
-        old_values_N=rollout.values_TB[valid],
+        trace=packing.trace,
+        old_log_probs_NK=of_decisions(rollout.log_probs_TBK).flatten(1),
+        mask_NK=(of_decisions(rollout.mask_TBK) & kept_NJ[..., None]).flatten(1),
+        advantages_NJ=of_decisions(advantages.advantages_TB),
+        returns_NJ=of_decisions(advantages.returns_TB),
+        old_values_NJ=of_decisions(rollout.values_TB),
     )
-    keep_N = kept[valid]
+    keep_N = kept_NJ.any(1)
     return batch if bool(keep_N.all()) else batch.select(keep_N)
 
 

@@ -95,7 +95,7 @@ def _actor(config: CollectionConfig, environment: Environment, device: torch.dev
         seed = derive_seed(config.seed, "collect")
 
         def act(observation: Observation, task_ids_B: Tensor, decision: int) -> Tensor:
-            return policy.act(observation, Draws.of(seed, task_ids_B, decision), explore=config.explore).action_BCA
+            return policy.act(observation, Draws.of(seed, task_ids_B, decision), explore=config.explore).action
 
         return act
     if config.explore:

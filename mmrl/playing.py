@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from mmrl.checkpoint import atomic_write_text
+from mmrl.columns import cat, put
 from mmrl.numerics.draws import Draws
 from mmrl.protocols import Environment, Policy, RenderEnvironment
 from mmrl.report.video import write_animation
 from mmrl.seeding import derive_seed
-from mmrl.types import Observation, Step
+from mmrl.types import Action, Observation, Step
 
 VIDEO_FPS = 10
 ATTEMPTS = 3  # how often an episode is played that the simulator loses
@@ -105,15 +106,15 @@ class Player:
                 break
         return [played[task] for task in tasks]
 
-    def decide(self, observation: Observation, task_ids_N: Tensor, decision: int) -> Tensor:
-        """The chunks [N, C, A] to execute, ``act_batch`` observations at a time, each in its seat."""
+    def decide(self, observation: Observation, task_ids_N: Tensor, decision: int) -> Action:
+        """What to execute in N slots, ``act_batch`` observations at a time, each in its seat."""
         place_N, occupant_PS = seats(task_ids_N, self.act_batch)
         draws = Draws.of(self.stream, task_ids_N, decision)
         actions = [
-            self.policy.act(observation.select(occupant_S), draws.select(occupant_S), explore=False).action_BCA
+            self.policy.act(observation.select(occupant_S), draws.select(occupant_S), explore=False).action
             for occupant_S in occupant_PS
         ]
-        return torch.cat(actions)[place_N]
+        return cat(actions)[place_N]
 
     def _round(self, tasks: list[int], reel: Reel | None, filmed: Collection[int]) -> list[Played]:
         """At most ``num_envs`` tasks; slots to spare repeat the last one."""
@@ -127,11 +128,10 @@ class Player:
             rows_N = (~score.done_B[:n]).nonzero()[:, 0]
             if len(rows_N) == 0:
                 break
-            action_NCA = self.decide(observation.select(rows_N), tasks_B[rows_N], decision)
-            action_BCA = action_NCA.new_zeros(len(tasks_B), *action_NCA.shape[1:]).index_copy_(0, rows_N, action_NCA)
-            action_BCA[n:] = action_BCA[n - 1]
+            chosen = put(self.decide(observation.select(rows_N), tasks_B[rows_N], decision), rows_N, len(tasks_B))
+            action = chosen[torch.arange(len(tasks_B), device=self.device).clamp(max=n - 1)]
             # One action at a time while filming: the same episode, but every frame is seen.
-            for piece in action_BCA.split(1, dim=1) if film.frames else (action_BCA,):
+            for piece in action.split(1, dim=1) if film.frames and isinstance(action, Tensor) else (action,):
                 step = environment.step(piece)
                 score.add(step)
                 film.shoot(environment)

@@ -16,7 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from mmrl.numerics.draws import Draws
-from mmrl.types import ActionSpec, Batch, Decision, Episode, Evaluation, Examples, Loss, Observation, Rollout, Step
+from mmrl.types import (
+    Action,
+    ActionSpec,
+    Batch,
+    Decision,
+    Episode,
+    Evaluation,
+    Examples,
+    Loss,
+    Observation,
+    Packing,
+    Rollout,
+    Step,
+    Trace,
+)
 
 
 @runtime_checkable
@@ -35,8 +49,8 @@ class Environment(Protocol):
         """Start the episodes ``task_ids_B`` in the slots where ``where_B`` is True (None: all); observations of all slots."""
         ...
 
-    def step(self, actions_BCA: Tensor) -> Step:
-        """Execute C actions per slot. Slots that are done ignore actions until they are reset."""
+    def step(self, actions: Any, /) -> Step:
+        """Execute C actions [B, C, A] in each slot, or take the message of each (a Column of B): what its policies decide. Slots that are done ignore actions until they are reset."""
         ...
 
     def family_of(self, task_ids_M: Tensor) -> tuple[str, ...]:
@@ -56,7 +70,7 @@ class AsyncEnvironment(Protocol):
 
     def begin_reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Callable[[], Observation]: ...
 
-    def begin_step(self, actions_BCA: Tensor) -> Callable[[], Step]: ...
+    def begin_step(self, actions: Any, /) -> Callable[[], Step]: ...
 
 
 @runtime_checkable
@@ -130,11 +144,11 @@ class Fitted(Protocol):
 class LikelihoodPolicy(Policy, Protocol):
     """Its decisions have units with a log-probability."""
 
-    def pack(self, rollout: Rollout) -> Mapping[str, Tensor]:
-        """The rollout's trace as [N, ...] tensors, N = valid decisions in (T, B) order: what ``evaluate`` takes."""
+    def pack(self, rollout: Rollout) -> Packing:
+        """The rollout's valid decisions as samples: ``rollout.by_decision()``, or what can be scored in one piece."""
         ...
 
-    def evaluate(self, trace: Mapping[str, Tensor]) -> Evaluation:
+    def evaluate(self, trace: Trace) -> Evaluation:
         """Score decisions again, with gradients. At unchanged weights the numbers equal those of ``act``."""
         ...
 
@@ -158,7 +172,7 @@ class ValuePolicy(Protocol):
 class AdaptivePolicy(Protocol):
     """It learns from what it sees beside the gradient, such as running statistics of its inputs."""
 
-    def adapt(self, trace: Mapping[str, Tensor]) -> None:
+    def adapt(self, trace: Trace) -> None:
         """See a rollout's decisions (as ``pack`` gives them), after its last update and before the next rollout."""
         ...
 
@@ -245,11 +259,12 @@ class EpisodeSink(Protocol):
 class LossContext:
     """What a micro-batch's loss must know of its surroundings.
 
-    units, samples: those of the whole mini-batch - dividing by them, not by its own, makes micro-batch losses add up.
-    iteration: of the stage, from 0. advantage_mean, advantage_std (unbiased): over the samples of the whole mini-batch.
+    units, decisions, samples: those trained in the whole mini-batch - dividing by them, not by its own, makes micro-batch losses
+    add up. iteration: of the stage, from 0. advantage_mean, advantage_std (unbiased): over the decisions of the whole mini-batch.
     """
 
     units: int
+    decisions: int
     samples: int
     iteration: int
     advantage_mean: float = 0.0

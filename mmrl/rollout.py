@@ -21,9 +21,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from mmrl.columns import Values, apply, cat, stack
 from mmrl.numerics.draws import Draws
 from mmrl.protocols import AsyncEnvironment, Environment, Policy
-from mmrl.types import Decision, EpisodeRecord, Observation, Rollout, Step
+from mmrl.types import Action, Decision, EpisodeRecord, Observation, Rollout, Step
 
 ValueFunction = Callable[[Observation, Draws], Tensor]
 _ACTION, _VALUE = 0, 1  # what an episode's random numbers are for
@@ -140,7 +141,7 @@ class _Part:
             rows = self._running_B.nonzero()[:, 0]
             decision = self._policy.act(observation.select(rows), draws.select(rows), explore=True)
             decision = decision.spread(rows, len(self._running_B))
-        self._pending = decision, _begin_step(self._environment, decision.action_BCA)
+        self._pending = decision, _begin_step(self._environment, decision.action)
 
     def follow(self) -> None:
         """See what followed the last decision, if there was one."""
@@ -200,11 +201,11 @@ def _begin_reset(environment: Environment, task_ids_B: Tensor, where_B: Tensor |
     return lambda: observation
 
 
-def _begin_step(environment: Environment, actions_BCA: Tensor) -> Callable[[], Step]:
+def _begin_step(environment: Environment, actions: Action) -> Callable[[], Step]:
     """The function that waits for what follows."""
     if isinstance(environment, AsyncEnvironment):
-        return environment.begin_step(actions_BCA)
-    step = environment.step(actions_BCA)
+        return environment.begin_step(actions)
+    step = environment.step(actions)
     return lambda: step
 
 
@@ -218,7 +219,7 @@ def _assemble(columns: Sequence[_Column], last_values_B: Tensor, log: _EpisodeLo
         valid_TB[first_t : last_t + 1, slot] = False
     rewards_TB = torch.stack([(c.step.rewards_BC * c.step.valid_BC).sum(1) for c in columns])
     return Rollout(
-        trace={name: torch.stack([c.decision.trace[name] for c in columns]) for name in columns[0].decision.trace},
+        trace={name: stack([c.decision.trace[name] for c in columns]) for name in columns[0].decision.trace},
         log_probs_TBK=torch.stack([c.decision.log_probs_BK for c in columns]),
         mask_TBK=torch.stack([c.decision.mask_BK for c in columns]),
         rewards_TB=rewards_TB * valid_TB,
@@ -246,9 +247,12 @@ def _join(parts: Sequence[Rollout]) -> Rollout:
     """
     longest = max(len(part.rewards_TB) for part in parts)
 
-    def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-        filled = [torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])]) if len(x) < longest else x for x in tensors]
-        return filled[0] if len(filled) == 1 else torch.cat(filled, 1)
+    def fill(x: Tensor) -> Tensor:
+        return torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])]) if len(x) < longest else x
+
+    def side_by_side(values: Sequence[Values]) -> Values:
+        filled = [apply(x, fill) for x in values]
+        return filled[0] if len(filled) == 1 else cat(filled, 1)
 
     tensors = {
         f.name: side_by_side([getattr(part, f.name) for part in parts])

@@ -2,25 +2,33 @@
 
 Shape letters, here and in every name: B samples (or environments), T decisions of an episode, K units of a decision (tokens or
 denoising steps), C executed actions of a chunk, H predicted actions of a chunk, A action dimensions, S state dimensions,
-P prompts (tasks), G group size, N decisions of a batch after the invalid ones are dropped.
+P prompts (tasks), G group size, N samples of a batch (what is scored in one piece: a decision, or a conversation), J decisions
+of a sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from mmrl.columns import Column, Values, apply, put
+from mmrl.messages import Message
 from mmrl.numerics.losses import Loss as Loss  # every part of mmrl finds it here
+
+Action = Tensor | Column  # [B, C, A] numbers, or a column of B messages: whatever the environment executes
+Conversation = tuple[Message, ...]  # append-only: what was said stands as it is
+Trace = Mapping[str, Tensor | Column]
 
 
 class ShapeError(ValueError):
     """A tensor does not have the shape its name promises."""
 
 
-def _expect(owner: str, name: str, value: Tensor, *shape: int | None) -> None:
+def _expect(owner: str, name: str, value: Tensor | Column, *shape: int | None) -> None:
     """Raise ShapeError unless ``value.shape`` starts with ``shape`` (None matches anything) and has no fewer axes."""
     actual = tuple(value.shape)
     wanted = len(actual) >= len(shape) and all(w is None or w == a for w, a in zip(shape, actual, strict=False))
@@ -53,6 +61,7 @@ class Observation:
 
     images: camera name -> uint8 [B, height, width, 3]. state: float32 [B, S] or None. instructions: B sentences.
     elapsed_B: int64, decisions made so far in the episode; None where nobody counts (in demonstrations, say).
+    conversations: B conversations, in which the next message is the policy's; None where nobody talks.
 
     >>> import torch
     >>> o = Observation({"front": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}, torch.zeros(2, 4), ("reach red", "push blue"))
@@ -64,9 +73,12 @@ class Observation:
     state: Tensor | None
     instructions: tuple[str, ...]
     elapsed_B: Tensor | None = None
+    conversations: tuple[Conversation, ...] | None = None
 
     def __post_init__(self) -> None:
         b = len(self.instructions)
+        if self.conversations is not None and len(self.conversations) != b:
+            raise ShapeError(f"Observation has {b} instructions and {len(self.conversations)} conversations")
         for camera, image in self.images.items():
             _expect("Observation", f"images[{camera!r}]", image, b, None, None, 3)
             if image.dtype != torch.uint8:
@@ -87,6 +99,7 @@ class Observation:
             None if self.state is None else self.state[index_N],
             tuple(self.instructions[i] for i in index_N.tolist()),
             None if self.elapsed_B is None else self.elapsed_B[index_N],
+            None if self.conversations is None else tuple(self.conversations[i] for i in index_N.tolist()),
         )
 
     def to(self, device: torch.device) -> Observation:
@@ -95,6 +108,7 @@ class Observation:
             None if self.state is None else self.state.to(device),
             self.instructions,
             None if self.elapsed_B is None else self.elapsed_B.to(device),
+            self.conversations,
         )
 
     @staticmethod
@@ -105,6 +119,7 @@ class Observation:
             None if parts[0].state is None else torch.cat([p.state for p in parts if p.state is not None]),
             tuple(sentence for p in parts for sentence in p.instructions),
             None if parts[0].elapsed_B is None else torch.cat([p.elapsed_B for p in parts if p.elapsed_B is not None]),
+            None if parts[0].conversations is None else tuple(c for p in parts for c in p.conversations or ()),
         )
 
 
@@ -112,21 +127,23 @@ class Observation:
 class Decision:
     """What a policy decided for B observations, and everything needed to score it again.
 
-    action_BCA: the chunk to execute. trace: name -> tensor [B, ...], all that ``evaluate`` reads. log_probs_BK and mask_BK: one
-    column per unit (token, denoising step, or chunk entry; the policy says which), mask True where the unit is trained.
+    action: what to execute, a chunk or a message for each. trace: name -> [B, ...], all that ``evaluate`` reads. log_probs_BK and
+    mask_BK: one column per unit (token, denoising step, or chunk entry; the policy says which), mask True where the unit is
+    trained.
     values_B: the critic's estimate, or None. policy_version: optimizer steps the policy had taken.
     """
 
-    action_BCA: Tensor
-    trace: Mapping[str, Tensor]
+    action: Action
+    trace: Trace
     log_probs_BK: Tensor
     mask_BK: Tensor
     values_B: Tensor | None
     policy_version: int = 0
 
     def __post_init__(self) -> None:
-        b = self.action_BCA.shape[0]
-        _expect("Decision", "action_BCA", self.action_BCA, b, None, None)
+        b = len(self.action)
+        if isinstance(self.action, Tensor):
+            _expect("Decision", "action", self.action, b, None, None)
         _expect("Decision", "log_probs_BK", self.log_probs_BK, b, None)
         _expect("Decision", "mask_BK", self.mask_BK, *self.log_probs_BK.shape)
         if self.values_B is not None:
@@ -137,15 +154,12 @@ class Decision:
     def spread(self, index_N: Tensor, size: int) -> Decision:
         """These N rows as the rows ``index_N`` of ``size``; the others are zeros, whose units are not trained."""
 
-        def put(rows: Tensor) -> Tensor:
-            return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, index_N, rows)
-
         return Decision(
-            put(self.action_BCA),
-            {name: put(tensor) for name, tensor in self.trace.items()},
-            put(self.log_probs_BK),
-            put(self.mask_BK),
-            None if self.values_B is None else put(self.values_B),
+            put(self.action, index_N, size),
+            {name: put(values, index_N, size) for name, values in self.trace.items()},
+            put(self.log_probs_BK, index_N, size),
+            put(self.mask_BK, index_N, size),
+            None if self.values_B is None else put(self.values_B, index_N, size),
             self.policy_version,
         )
 
@@ -203,7 +217,7 @@ class Rollout:
     task_ids_TB: which task each decision belongs to. episodes: finished episodes, one row each (see EpisodeRecord).
     """
 
-    trace: Mapping[str, Tensor]
+    trace: Trace
     log_probs_TBK: Tensor
     mask_TBK: Tensor
     rewards_TB: Tensor
@@ -229,6 +243,56 @@ class Rollout:
     @property
     def decisions(self) -> int:
         return int(self.valid_TB.sum())
+
+    def by_decision(self) -> Packing:
+        """Each valid decision is a sample, in (T, B) order: the trace is [N, ...]."""
+        index_N = self.valid_TB.flatten().nonzero()[:, 0]
+        trace = {name: apply(values, lambda x: x.flatten(0, 1)[index_N]) for name, values in self.trace.items()}
+        return Packing(trace, index_N[:, None])
+
+    def by_episode(self) -> Packing:
+        """Each episode is a sample of as many decisions as the longest has, by slots: the trace is [N, J, ...].
+
+        An episode's valid decisions stand first; after them nothing follows (zeros). One that was lost has none and is left out.
+        """
+        over_TB = self.terminated_TB | self.truncated_TB
+        t, b = over_TB.shape
+        episodes: list[list[int]] = []
+        for slot in range(b):
+            ends = [*(over_TB[:, slot].nonzero()[:, 0] + 1).tolist(), t]
+            for first, last in pairwise([0, *ends]):
+                episodes.append([i * b + slot for i in range(first, last) if self.valid_TB[i, slot]])
+        episodes = [episode for episode in episodes if episode]
+        longest = max(map(len, episodes), default=1)
+        padded = [episode + [-1] * (longest - len(episode)) for episode in episodes]
+        index_NJ = torch.tensor(padded, dtype=torch.long, device=over_TB.device).reshape(-1, longest)
+        return Packing({name: gather(values, index_NJ) for name, values in self.trace.items()}, index_NJ)
+
+
+def gather(values_TB: Values, index_NJ: Tensor) -> Values:
+    """What a [T, B, ...] tensor or column holds at the flat (T, B) places ``index_NJ``; zeros (or nothing) where that is -1."""
+
+    def take(tensor: Tensor) -> Tensor:
+        taken = tensor.flatten(0, 1)[index_NJ.clamp(min=0)]
+        return taken.masked_fill((index_NJ < 0).reshape(*index_NJ.shape, *[1] * (taken.dim() - 2)), 0)
+
+    return apply(values_TB, take)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a rollout's decisions make N samples, each of which a policy scores in one piece.
+
+    trace: what ``evaluate`` takes, name -> [N, ...]. index_NJ: int64, the flat (T, B) places of a sample's J decisions in their
+    order, -1 where it has fewer.
+    """
+
+    trace: Trace
+    index_NJ: Tensor
+
+    def __post_init__(self) -> None:
+        for name, value in self.trace.items():
+            _expect("Packing", f"trace[{name!r}]", value, len(self.index_NJ))
 
 
 @dataclass(frozen=True)
@@ -270,32 +334,49 @@ class EpisodeRecord:
 
 @dataclass(frozen=True)
 class Batch:
-    """N decisions ready for a loss: what to score again, the rollout's numbers, and what they were worth.
+    """N samples ready for a loss: what to score again, the rollout's numbers, and what the decisions were worth.
 
-    Each row is one decision, so a loss gives a decision's advantage to its units by ``advantages_N[:, None]``. old_values_N and
-    returns_N are zero where the policy has no critic.
+    A sample has J decisions (1, or those of a conversation) of K / J units each: unit k belongs to decision k // (K / J). So what
+    is known of decisions reaches their units by ``per_unit``. mask_NK is False at units that are not trained, those of decisions
+    that are not there among them. old_values_NJ and returns_NJ are zero where the policy has no critic.
+
+    Worked example: N = 1 conversation of J = 2 turns, of at most 3 tokens each, the second of them cut after 2 tokens, gives
+    mask_NK [[1, 1, 1, 1, 1, 0]] and with advantages_NJ [[0.5, -1.]] per unit [[0.5, 0.5, 0.5, -1., -1., -1.]].
     """
 
-    trace: Mapping[str, Tensor]
+    trace: Trace
     old_log_probs_NK: Tensor
     mask_NK: Tensor
-    advantages_N: Tensor
-    returns_N: Tensor
-    old_values_N: Tensor
+    advantages_NJ: Tensor
+    returns_NJ: Tensor
+    old_values_NJ: Tensor
     reference_log_probs_NK: Tensor | None = None
 
     def __post_init__(self) -> None:
-        n = self.old_log_probs_NK.shape[0]
-        _expect("Batch", "mask_NK", self.mask_NK, *self.old_log_probs_NK.shape)
-        for name in ("advantages_N", "returns_N", "old_values_N"):
-            _expect("Batch", name, getattr(self, name), n)
+        n, k = self.old_log_probs_NK.shape
+        _expect("Batch", "mask_NK", self.mask_NK, n, k)
+        _expect("Batch", "advantages_NJ", self.advantages_NJ, n, None)
+        j = self.advantages_NJ.shape[1]
+        if k % j:
+            raise ShapeError(f"Batch has {k} units a sample, which its {j} decisions cannot share equally")
+        for name in ("returns_NJ", "old_values_NJ"):
+            _expect("Batch", name, getattr(self, name), n, j)
         if self.reference_log_probs_NK is not None:
-            _expect("Batch", "reference_log_probs_NK", self.reference_log_probs_NK, *self.old_log_probs_NK.shape)
+            _expect("Batch", "reference_log_probs_NK", self.reference_log_probs_NK, n, k)
         for name, value in self.trace.items():
             _expect("Batch", f"trace[{name!r}]", value, n)
 
     def __len__(self) -> int:
         return self.old_log_probs_NK.shape[0]
+
+    @property
+    def trained_NJ(self) -> Tensor:
+        """Decisions of which some unit is trained."""
+        return self.mask_NK.unflatten(1, (self.advantages_NJ.shape[1], -1)).any(2)
+
+    def per_unit(self, x_NJ: Tensor) -> Tensor:
+        """Each unit's share of what is known of its decision: [N, K]."""
+        return x_NJ.repeat_interleave(self.old_log_probs_NK.shape[1] // x_NJ.shape[1], 1)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """Apply ``fn`` to every tensor (to move it, or to index its rows)."""
@@ -305,7 +386,7 @@ class Batch:
             if isinstance(value, Tensor):
                 changed[f.name] = fn(value)
             elif isinstance(value, Mapping):
-                changed[f.name] = {name: fn(tensor) for name, tensor in value.items()}
+                changed[f.name] = {name: apply(values, fn) for name, values in value.items()}
         return replace(self, **changed)
 
     def select(self, index: Tensor) -> Batch:
@@ -360,8 +441,8 @@ class Episode:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A policy's second look at N decisions, with gradients: log-probabilities, entropies and values of the same units."""
+    """A policy's second look at N samples, with gradients: log-probabilities and entropies of their units, decisions' values."""
 
     log_probs_NK: Tensor
     entropy_NK: Tensor
-    values_N: Tensor | None
+    values_NJ: Tensor | None

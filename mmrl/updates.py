@@ -26,7 +26,7 @@ Merge = Callable[[Iterable[float]], float]
 _EXTREMES: dict[str, Merge] = {"ratio_min": min, "ratio_max": max, "log_prob_gap_max": max}
 _SHARES = ("loss", "policy_loss", "value_loss", "entropy", "kl_reference")
 _OVER_MICRO_BATCHES: dict[str, Merge] = {**_EXTREMES, **dict.fromkeys(_SHARES, sum)}
-_SAMPLE_MEANS = ("value_clip_fraction",)  # means over samples; the others are means over units
+_DECISION_MEANS = ("value_clip_fraction",)  # means over decisions; the others are means over units
 _OVER_UPDATES: dict[str, Merge] = {**_EXTREMES, "skipped": sum}
 
 
@@ -142,10 +142,11 @@ class RolloutUpdate:
 
     def _update(self, batch: Batch, iteration: int) -> dict[str, float]:
         trained = batch.mask_NK
-        sampled, advantages = trained.any(1), batch.advantages_N
+        sampled, advantages = batch.trained_NJ, batch.advantages_NJ
         context = LossContext(
             units=max(int(trained.sum()), 1),
-            samples=max(int(sampled.sum()), 1),
+            samples=max(int(trained.any(1).sum()), 1),
+            decisions=max(int(sampled.sum()), 1),
             iteration=iteration,
             advantage_mean=float(masked.mean(advantages, sampled)),
             advantage_std=float(masked.std(advantages, sampled)),
@@ -157,7 +158,7 @@ class RolloutUpdate:
                 part = _rows(batch, piece)
                 loss = self.algorithm.loss(self.policy, part, context)
                 loss.value.backward()
-                weights = {name: part.mask_NK.any(1).sum() for name in _SAMPLE_MEANS}
+                weights = {name: part.trained_NJ.sum() for name in _DECISION_MEANS}
                 for name, value in (*loss.metrics.items(), ("loss", loss.value.detach())):
                     merger.add({name: value}, weight=int(weights.get(name, part.mask_NK.sum())))
             if self.supervised is not None:

@@ -32,7 +32,7 @@ from mmrl.numerics.draws import Draws
 from mmrl.numerics.flow import gaussian_entropy, gaussian_log_prob
 from mmrl.numerics.losses import Loss
 from mmrl.numerics.tokens import token_entropy, token_log_probs
-from mmrl.types import Decision, Evaluation, Examples, Observation, Rollout
+from mmrl.types import Decision, Evaluation, Examples, Observation, Packing, Rollout
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -162,7 +162,7 @@ class MLP(nn.Module):
         action_BA = self.actions.draw(output, draws) if explore else self.actions.mode(output)
         log_probs_BK = self.actions.log_prob(output, action_BA)[:, None]
         return Decision(
-            action_BCA=action_BA[:, None].to(state_BS.dtype),
+            action=action_BA[:, None].to(state_BS.dtype),
             trace={"state": state_BS, "action": action_BA} if explore else {},
             log_probs_BK=log_probs_BK,
             mask_BK=torch.ones_like(log_probs_BK, dtype=torch.bool),
@@ -179,13 +179,15 @@ class MLP(nn.Module):
 
     # -- scoring again -------------------------------------------------------------------------------------------------
 
-    def pack(self, rollout: Rollout) -> dict[str, Tensor]:
-        return {name: tensor[rollout.valid_TB] for name, tensor in rollout.trace.items()}
+    def pack(self, rollout: Rollout) -> Packing:
+        return rollout.by_decision()
 
     def evaluate(self, trace: Mapping[str, Tensor]) -> Evaluation:
         output, values_N = self._forward(trace["state"], critic=True)
         log_probs_N = self.actions.log_prob(output, trace["action"])
-        return Evaluation(log_probs_N[:, None], self.actions.entropy(output)[:, None], values_N)
+        return Evaluation(
+            log_probs_N[:, None], self.actions.entropy(output)[:, None], None if values_N is None else values_N[:, None]
+        )
 
     def reference(self) -> MLP:
         return copy.deepcopy(self).requires_grad_(False)

@@ -29,7 +29,7 @@ from mmrl.errors import MMRLError
 from mmrl.numerics import flow
 from mmrl.numerics.draws import Draws
 from mmrl.numerics.losses import Loss
-from mmrl.types import Decision, Evaluation, Examples, Observation, Rollout
+from mmrl.types import Decision, Evaluation, Examples, Observation, Packing, Rollout
 from policies.pi0_adapters.base import Adapter, Identity
 from policies.pi0_parts.heads import NoiseHead
 from policies.pi0_parts.options import Options
@@ -294,8 +294,8 @@ class Pi0(nn.Module):
         with self.compute_mode(train=False):
             inputs = self._inputs(observation)
             decision = self._denoise(inputs, self._encode(inputs), draws, explore=explore)
-            assert observation.state is not None
-            return replace(decision, action_BCA=self.adapter.to_simulator(decision.action_BCA, observation.state))
+            assert observation.state is not None and isinstance(decision.action, Tensor)
+            return replace(decision, action=self.adapter.to_simulator(decision.action, observation.state))
 
     def _denoise(self, inputs: Mapping[str, Tensor], prefix: Prefix, draws: Draws, *, explore: bool) -> Decision:
         batch, sampler = inputs["state"].shape[0], self._sampler
@@ -325,7 +325,7 @@ class Pi0(nn.Module):
         encoded = prefix.trace() if self._keeps_prefix else {}
         kept = {k: v for k, v in inputs.items() if k in ("state", "elapsed") or not encoded} | encoded
         return Decision(
-            action_BCA=self._actions(x),
+            action=self._actions(x),
             trace={**trace, **kept} if explore else {},
             log_probs_BK=log_probs,
             mask_BK=torch.ones_like(log_probs, dtype=torch.bool),
@@ -339,9 +339,8 @@ class Pi0(nn.Module):
 
     # -- scoring again -----------------------------------------------------------------------------------------------------
 
-    def pack(self, rollout: Rollout) -> dict[str, Tensor]:
-        valid = rollout.valid_TB
-        return {name: tensor[valid] for name, tensor in rollout.trace.items()}
+    def pack(self, rollout: Rollout) -> Packing:
+        return rollout.by_decision()
 
     def evaluate(self, trace: Mapping[str, Tensor]) -> Evaluation:
         prefix = Prefix.from_trace(trace) if self._keeps_prefix else self._encode(trace)
@@ -358,7 +357,7 @@ class Pi0(nn.Module):
         log_probs = self._sampler.units(torch.stack(densities, 1), trace["prior"])
         # Per dimension: the mean over steps, actions and dimensions; constant (no gradient) but for flow_noise.
         entropy = torch.stack(entropies, 1).mean((1, 2, 3)).unsqueeze(1).expand_as(log_probs)
-        return Evaluation(log_probs, entropy, torch.stack(values, 1).mean(1) if values else None)
+        return Evaluation(log_probs, entropy, torch.stack(values, 1).mean(1, keepdim=True) if values else None)
 
     @torch.no_grad()
     def value(self, observation: Observation, draws: Draws) -> Tensor:

@@ -36,7 +36,7 @@ from mmrl.errors import MMRLError
 from mmrl.numerics.draws import Draws
 from mmrl.numerics.losses import Loss
 from mmrl.numerics.tokens import token_entropy, token_log_probs
-from mmrl.types import Decision, Evaluation, Examples, Observation, Rollout
+from mmrl.types import Decision, Evaluation, Examples, Observation, Packing, Rollout
 from policies.shared.adapters import add_adapters, merged
 from policies.shared.checkpoints import STATISTICS_FILE, load_heads, load_tokenizer, save_heads
 from policies.shared.heads import TIME_FEATURES, CriticHead, time_features
@@ -321,7 +321,7 @@ class TokenVLA(nn.Module):
                 log_probs_BK, _, values_B, _ = self._score(prompt, bins_BK, inputs)
         units_BK = self._units(log_probs_BK)
         return Decision(
-            action_BCA=self._fitted(self.action_bins).decode(bins_BK.unflatten(1, (-1, self.action_dim))),
+            action=self._fitted(self.action_bins).decode(bins_BK.unflatten(1, (-1, self.action_dim))),
             trace={**inputs, "bins": bins_BK} if explore else {},
             log_probs_BK=units_BK,
             mask_BK=self._trained(units_BK),
@@ -390,13 +390,14 @@ class TokenVLA(nn.Module):
             mask_NK &= self._fitted(self.action_bins).varies_A.repeat(units_NK.shape[1] // self.action_dim)
         return mask_NK
 
-    def pack(self, rollout: Rollout) -> dict[str, Tensor]:
-        return {name: tensor[rollout.valid_TB] for name, tensor in rollout.trace.items()}
+    def pack(self, rollout: Rollout) -> Packing:
+        return rollout.by_decision()
 
     def evaluate(self, trace: Mapping[str, Tensor]) -> Evaluation:
         """The entropy of an action or chunk is the sum over its tokens, each given those before it: unbiased for its own."""
         scores = self._score(self._backbone.encode(trace), trace["bins"], trace)
-        return Evaluation(self._units(scores.log_probs_NK), self._units(scores.entropy_NK), scores.values_N)
+        values_NJ = None if scores.values_N is None else scores.values_N[:, None]
+        return Evaluation(self._units(scores.log_probs_NK), self._units(scores.entropy_NK), values_NJ)
 
     @torch.no_grad()
     def value(self, observation: Observation, draws: Draws) -> Tensor:

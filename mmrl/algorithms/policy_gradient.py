@@ -52,7 +52,7 @@ def policy_loss(config: PolicyGradientConfig, scored: Evaluation, batch: Batch, 
     surrogate = clipped_surrogate(
         scored.log_probs_NK,
         batch.old_log_probs_NK,
-        batch.advantages_N[:, None],
+        batch.per_unit(batch.advantages_NJ),
         mask,
         clip_low=config.clip_low,
         clip_high=config.clip_high,

@@ -86,19 +86,19 @@ class PPO:
 
     def loss(self, policy: LikelihoodPolicy, batch: Batch, context: LossContext) -> Loss:
         scored = policy.evaluate(batch.trace)
-        assert scored.values_N is not None
+        assert scored.values_NJ is not None
         if self.config.normalize_advantages == "minibatch":
-            scaled_N = (batch.advantages_N - context.advantage_mean) / (context.advantage_std + ADVANTAGE_EPS)
-            batch = replace(batch, advantages_N=scaled_N)
+            scaled_NJ = (batch.advantages_NJ - context.advantage_mean) / (context.advantage_std + ADVANTAGE_EPS)
+            batch = replace(batch, advantages_NJ=scaled_NJ)
         actor = policy_loss(self.config, scored, batch, context)
         critic = value_loss(
-            scored.values_N,
-            batch.old_values_N,
-            batch.returns_N,
-            batch.mask_NK.any(1),
+            scored.values_NJ,
+            batch.old_values_NJ,
+            batch.returns_NJ,
+            batch.trained_NJ,
             clip=self.config.value_clip,
             huber_delta=self.config.huber_delta,
-            normalizer=context.samples,
+            normalizer=context.decisions,
         )
         value = self.config.value_weight * critic.value
         if context.iteration >= self.config.critic_warmup:  # left out, not weighted by 0: then the actor is not even decayed

@@ -107,10 +107,10 @@ def test_groups_are_compared_alone() -> None:
 
 def test_the_loss_has_no_critic_and_pulls_towards_what_did_well(case: Callable[..., Any]) -> None:
     policy, batch = case(spread=0.0, masked=False, reference=False)
-    context = LossContext(units=batch.mask_NK.numel(), samples=len(batch), iteration=0)
+    context = LossContext(units=batch.mask_NK.numel(), decisions=len(batch), samples=len(batch), iteration=0)
     grpo().loss(policy, batch, context).value.backward()
     log_probs_NK, _, values_N = policy.gradients()
-    expected_NK: Tensor = -batch.advantages_N[:, None].expand_as(log_probs_NK) / batch.mask_NK.numel()
+    expected_NK: Tensor = -batch.advantages_NJ.expand_as(log_probs_NK) / batch.mask_NK.numel()
     torch.testing.assert_close(log_probs_NK, expected_NK, rtol=1e-12, atol=1e-12)
     assert not values_N.any()
 

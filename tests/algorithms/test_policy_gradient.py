@@ -23,8 +23,8 @@ def one_unit(ratio: float, advantage: float, **fields: Any) -> tuple[float, floa
     """(loss, gradient of the log-probability) of a single unit."""
     new = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(1, 1, dtype=torch.float64)
-    batch = Batch({}, zero, torch.ones(1, 1, dtype=torch.bool), torch.tensor([advantage]).double(), zero[0], zero[0])
-    loss = policy_loss(PolicyGradientConfig(**fields), Evaluation(new, zero, None), batch, LossContext(1, 1, 0))
+    batch = Batch({}, zero, torch.ones(1, 1, dtype=torch.bool), torch.tensor([[advantage]]).double(), zero, zero)
+    loss = policy_loss(PolicyGradientConfig(**fields), Evaluation(new, zero, None), batch, LossContext(1, 1, 1, 0))
     loss.value.backward()
     assert new.grad is not None
     return float(loss.value.detach()), float(new.grad)
@@ -60,7 +60,7 @@ ESTIMATES: dict[str, Callable[[float], float]] = {
 @pytest.mark.parametrize("kind", ESTIMATES)
 def test_the_kl_term(kind: Any, case: Callable[..., Any]) -> None:
     policy, batch = case()
-    context = LossContext(int(batch.mask_NK.sum()), len(batch), 0)
+    context = LossContext(int(batch.mask_NK.sum()), len(batch), len(batch), 0)
     scored = policy.evaluate(batch.trace)
     config = PolicyGradientConfig(kl_weight=0.7, kl_kind=kind)
     loss = policy_loss(config, scored, batch, context)
@@ -75,13 +75,13 @@ def test_a_sequence_s_ratio_is_the_geometric_mean_over_its_units(case: Callable[
     policy, batch = case(n=9, k=4)
     config = PolicyGradientConfig(ratio="sequence", reduce="sample_mean", clip_low=1e-6, clip_high=1e6)
     samples = int(batch.mask_NK.any(1).sum())
-    loss = policy_loss(config, policy.evaluate(batch.trace), batch, LossContext(int(batch.mask_NK.sum()), samples, 0))
+    loss = policy_loss(config, policy.evaluate(batch.trace), batch, LossContext(int(batch.mask_NK.sum()), samples, samples, 0))
     total, ratios = 0.0, []
     for n in range(len(batch)):
         gaps = (policy.log_probs_NK - batch.old_log_probs_NK)[n][batch.mask_NK[n]].tolist()
         if gaps:
             ratios.append(math.exp(sum(gaps) / len(gaps)))
-            advantage = float(batch.advantages_N[n])
+            advantage = float(batch.advantages_NJ[n])
             total += max(-advantage * ratios[-1], -advantage * max(ratios[-1], 1 - 1e-6))
     assert float(loss.value.detach()) == pytest.approx(total / samples)
     assert float(loss.metrics["ratio_min"]) == pytest.approx(min(ratios))
@@ -90,7 +90,7 @@ def test_a_sequence_s_ratio_is_the_geometric_mean_over_its_units(case: Callable[
 
 def test_what_is_logged(case: Callable[..., Any]) -> None:
     policy, batch = case(n=30, spread=0.4)
-    context = LossContext(int(batch.mask_NK.sum()), len(batch), 0)
+    context = LossContext(int(batch.mask_NK.sum()), len(batch), len(batch), 0)
     metrics = policy_loss(PolicyGradientConfig(), policy.evaluate(batch.trace), batch, context).metrics
     gaps = (policy.log_probs_NK - batch.old_log_probs_NK)[batch.mask_NK].tolist()
     assert float(metrics["ratio_min"]) == pytest.approx(math.exp(min(gaps)))

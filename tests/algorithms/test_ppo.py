@@ -23,7 +23,8 @@ def ppo(**fields: Any) -> PPO:
 
 
 def context_of(batch: Batch, iteration: int = 0) -> LossContext:
-    return LossContext(units=int(batch.mask_NK.sum()), samples=int(batch.mask_NK.any(1).sum()), iteration=iteration)
+    units, decisions, samples = (int(mask.sum()) for mask in (batch.mask_NK, batch.trained_NJ, batch.mask_NK.any(1)))
+    return LossContext(units, decisions, samples, iteration)
 
 
 def rollout(t: int, b: int) -> Rollout:
@@ -100,13 +101,13 @@ def test_advantages_standardised_per_minibatch_are_those_of_the_rows_that_are_tr
     micro: int | None, case: Callable[..., Any]
 ) -> None:
     """As CleanRL: the loss is that of a batch whose advantages had mean 0 and deviation 1 from the start."""
-    policy, batch = case(n=12, spread=0.5)
-    trained = batch.mask_NK.any(1)
+    policy, batch = case(n=12, k=4, j=2, spread=0.5)
+    trained = batch.trained_NJ
     assert not trained.all()
-    kept = batch.advantages_N[trained].tolist()
+    kept = batch.advantages_NJ[trained].tolist()
     mean, std = fmean(kept), stdev(kept)
     expected = ppo(normalize_advantages=None).loss(
-        policy, replace(batch, advantages_N=(batch.advantages_N - mean) / (std + 1e-5)), context_of(batch)
+        policy, replace(batch, advantages_NJ=(batch.advantages_NJ - mean) / (std + 1e-5)), context_of(batch)
     )
     context = replace(context_of(batch), advantage_mean=mean, advantage_std=std)
     pieces = [batch.select(torch.arange(12)[i : i + (micro or 12)]) for i in range(0, 12, micro or 12)]
@@ -123,10 +124,11 @@ def huber(error: float, delta: float) -> float:
 def naive_loss(policy: Any, batch: Batch, config: PPO.Config) -> float:
     """The whole mini-batch's loss, unit by unit."""
     policy_terms, entropies, divergences, value_terms = [], [], [], []
+    each = batch.mask_NK.shape[1] // batch.advantages_NJ.shape[1]
     for n in range(len(batch)):
         units = batch.mask_NK[n].nonzero()[:, 0].tolist()
         for k in units:
-            new, advantage = float(policy.log_probs_NK.detach()[n, k]), float(batch.advantages_N[n])
+            new, advantage = float(policy.log_probs_NK.detach()[n, k]), float(batch.advantages_NJ[n, k // each])
             ratio = math.exp(new - float(batch.old_log_probs_NK[n, k]))
             clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
             term = max(-advantage * ratio, -advantage * clipped)
@@ -137,11 +139,11 @@ def naive_loss(policy: Any, batch: Batch, config: PPO.Config) -> float:
             assert batch.reference_log_probs_NK is not None
             gap = new - float(batch.reference_log_probs_NK[n, k])
             divergences.append(math.exp(-gap) - 1 + gap)
-        if units:
-            value, old = float(policy.values_N.detach()[n]), float(batch.old_values_N[n])
+        for j in sorted({k // each for k in units}):
+            value, old = float(policy.values_NJ.detach()[n, j]), float(batch.old_values_NJ[n, j])
             assert config.value_clip is not None and config.huber_delta is not None
             near = old + min(max(value - old, -config.value_clip), config.value_clip)
-            errors = (float(batch.returns_N[n]) - value, float(batch.returns_N[n]) - near)
+            errors = (float(batch.returns_NJ[n, j]) - value, float(batch.returns_NJ[n, j]) - near)
             value_terms.append(max(huber(error, config.huber_delta) for error in errors))
     units = len(policy_terms)
     actor = (sum(policy_terms) - config.entropy_weight * sum(entropies) + config.kl_weight * sum(divergences)) / units
@@ -156,15 +158,16 @@ def naive_loss(policy: Any, batch: Batch, config: PPO.Config) -> float:
         {"entropy_weight": 0.05, "kl_weight": 0.2, "kl_kind": "k3"},
     ],
 )
-def test_the_loss_equals_a_naive_twin(fields: dict[str, Any], case: Callable[..., Any]) -> None:
-    policy, batch = case(n=12, spread=0.5)
+@pytest.mark.parametrize(("k", "j"), [(3, 1), (6, 3), (4, 4)])
+def test_the_loss_equals_a_naive_twin(k: int, j: int, fields: dict[str, Any], case: Callable[..., Any]) -> None:
+    policy, batch = case(n=12, k=k, j=j, spread=0.5)
     algorithm = ppo(**fields)
     loss = algorithm.loss(policy, batch, context_of(batch))
     assert float(loss.value.detach()) == pytest.approx(naive_loss(policy, batch, algorithm.config), rel=1e-12)
 
 
 def test_micro_batch_losses_add_up_to_the_whole_batch_s(case: Callable[..., Any]) -> None:
-    policy, batch = case(n=10)
+    policy, batch = case(n=10, k=4, j=2)
     algorithm = ppo(entropy_weight=0.1, kl_weight=0.1, reduce="sample_mean")
     whole = algorithm.loss(policy, batch, context_of(batch)).value
     pieces = [batch.select(torch.arange(*piece)) for piece in ((0, 1), (1, 5), (5, 10))]
@@ -197,7 +200,7 @@ def test_the_policy_term_follows_the_advantages(case: Callable[..., Any]) -> Non
     ppo(value_weight=0.0).loss(policy, batch, context_of(batch)).value.backward()
     gradient_NK, entropy_NK, values_N = policy.gradients()
     # At ratio 1 the gradient is REINFORCE's: - A / number of units.
-    expected_NK = (-batch.advantages_N[:, None] / batch.mask_NK.numel()).expand_as(gradient_NK)
+    expected_NK = (-batch.advantages_NJ / batch.mask_NK.numel()).expand_as(gradient_NK)
     torch.testing.assert_close(gradient_NK, expected_NK, rtol=1e-12, atol=1e-12)
     assert not entropy_NK.any() and not values_N.any()
 
@@ -215,17 +218,18 @@ def test_while_the_critic_warms_up_no_gradient_reaches_the_actor(case: Callable[
     for iteration in range(4):
         policy, batch = case()
         algorithm.loss(policy, batch, context_of(batch, iteration)).value.backward()
-        assert policy.values_N.grad is not None and policy.values_N.grad.any()
+        assert policy.values_NJ.grad is not None and policy.values_NJ.grad.any()
         reached.append(policy.log_probs_NK.grad is not None)  # None, not zero: AdamW would decay what has a zero gradient
     assert reached == [False, False, True, True]
 
 
-def test_untrained_units_and_their_decisions_get_no_gradient(case: Callable[..., Any]) -> None:
-    policy, batch = case(n=20)
+@pytest.mark.parametrize("j", [1, 2])
+def test_untrained_units_and_their_decisions_get_no_gradient(j: int, case: Callable[..., Any]) -> None:
+    policy, batch = case(n=20, k=4, j=j)
     ppo(entropy_weight=0.1, kl_weight=0.1).loss(policy, batch, context_of(batch)).value.backward()
     log_probs_NK, entropy_NK, values_N = policy.gradients()
     assert not log_probs_NK[~batch.mask_NK].any() and not entropy_NK[~batch.mask_NK].any()
-    assert not values_N[~batch.mask_NK.any(1)].any() and values_N.any()
+    assert not values_N[~batch.trained_NJ].any() and values_N.any() and not batch.trained_NJ.all()
 
 
 @pytest.mark.parametrize("fields", [{"epochs": 0}, {"gamma": 1.1}, {"clip_low": 0.0}, {"dual_clip": 1.0}, {"lamda": 0.9}])

@@ -144,15 +144,15 @@ def test_acting_is_a_function_of_the_draws(make: Callable[[], Any], exploring: b
     ours = first.act(seen, tiny.draws(3), explore=exploring)
     torch.manual_seed(2)
     theirs = second.act(seen, tiny.draws(3), explore=exploring)
-    assert torch.equal(ours.action_BCA, theirs.action_BCA) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
+    assert torch.equal(ours.action, theirs.action) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
     other = first.act(seen, tiny.draws(4), explore=exploring)
-    assert not exploring or not torch.equal(other.action_BCA, ours.action_BCA)
+    assert not exploring or not torch.equal(other.action, ours.action)
 
 
 def test_acting_leaves_weights_modes_and_gradients_alone(policy: Any) -> None:
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     decision = explore(policy)
-    assert not any(t.requires_grad for t in (decision.action_BCA, decision.log_probs_BK, *decision.trace.values()))
+    assert not any(t.requires_grad for t in (decision.action, decision.log_probs_BK, *decision.trace.values()))
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
     assert all(p.grad is None for p in policy.parameters())
     assert torch.is_grad_enabled()
@@ -162,7 +162,7 @@ def test_acting_without_exploration_needs_no_trace(policy: Any) -> None:
     """What is not stored cannot be scored by mistake; the action has the shape of an exploring one."""
     decision = policy.act(policy.example_observation(B), tiny.draws(1), explore=False)
     assert decision.trace == {}
-    assert decision.action_BCA.shape == explore(policy).action_BCA.shape
+    assert decision.action.shape == explore(policy).action.shape
 
 
 def test_a_decision_knows_the_version_that_made_it(policy: Any) -> None:
@@ -177,8 +177,8 @@ def test_observations_do_not_mix_within_a_batch(policy: Any) -> None:
     for b in range(B):
         alone = policy.evaluate({name: tensor[b : b + 1] for name, tensor in decision.trace.items()})
         torch.testing.assert_close(alone.log_probs_NK[0], together.log_probs_NK[b], rtol=1e-4, atol=1e-4)
-        if together.values_N is not None:
-            torch.testing.assert_close(alone.values_N[0], together.values_N[b], rtol=1e-4, atol=1e-5)
+        if together.values_NJ is not None:
+            torch.testing.assert_close(alone.values_NJ[0], together.values_NJ[b], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("exploring", [True, False])
@@ -188,7 +188,7 @@ def test_a_row_s_decision_does_not_depend_on_the_rows_beside_it(policy: Any, exp
     together = policy.act(seen, tiny.draws(1), explore=exploring)
     apart = policy.act(seen.select(index), tiny.draws(1).select(index), explore=exploring)
     close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(apart.action_BCA, together.action_BCA[index], **close)
+    torch.testing.assert_close(apart.action, together.action[index], **close)
     torch.testing.assert_close(apart.log_probs_BK, together.log_probs_BK[index], **close)
     for name, tensor in apart.trace.items():
         torch.testing.assert_close(tensor, together.trace[name][index], **close, msg=lambda m, n=name: f"{n}: {m}")
@@ -204,9 +204,9 @@ def test_scoring_again_equals_the_rollout(policy: Any) -> None:
     assert torch.equal(scored.log_probs_NK, decision.log_probs_BK)
     assert scored.entropy_NK.shape == scored.log_probs_NK.shape == decision.mask_BK.shape
     assert scored.log_probs_NK.dtype in (torch.float32, torch.float64) and scored.log_probs_NK.isfinite().all()
-    assert (scored.values_N is None) == (decision.values_B is None) == (not policy.has_critic)
+    assert (scored.values_NJ is None) == (decision.values_B is None) == (not policy.has_critic)
     if decision.values_B is not None:
-        assert torch.equal(scored.values_N, decision.values_B) and decision.values_B.std() > 0
+        assert torch.equal(scored.values_NJ[:, 0], decision.values_B) and decision.values_B.std() > 0
 
 
 def test_scoring_twice_is_the_same_and_changes_nothing(policy: Any) -> None:
@@ -219,9 +219,10 @@ def test_scoring_twice_is_the_same_and_changes_nothing(policy: Any) -> None:
 
 def test_pack_takes_the_valid_decisions_in_time_then_slot_order(policy: Any) -> None:
     rollout = play(policy)
-    trace = policy.pack(rollout)
+    packing = policy.pack(rollout)
+    trace, index = packing.trace, packing.index_NJ
     order = [(t, b) for t, b in itertools.product(range(T), range(B)) if rollout.valid_TB[t, b]]
-    assert len(order) == T * B - 1
+    assert len(order) == T * B - 1 and index.tolist() == [[t * B + b] for t, b in order]
     log_probs = policy.evaluate(trace).log_probs_NK
     for n, (t, b) in enumerate(order):
         for name, tensor in trace.items():
@@ -248,11 +249,11 @@ def test_a_step_along_the_gradient_makes_decisions_likelier(policy: Any) -> None
 def test_the_gradient_at_ratio_one_is_reinforce_s(policy: Any) -> None:
     batch = batch_of(policy)
     log_probs = policy.evaluate(batch.trace).log_probs_NK
-    weights = batch.advantages_N[:, None] * batch.mask_NK / batch.mask_NK.sum()
+    weights = batch.advantages_NJ * batch.mask_NK / batch.mask_NK.sum()
     reinforce = gradients(policy, -(weights * log_probs).sum())
     with policy.compute_mode(train=True):
         scored = policy.evaluate(batch.trace)
-    advantages_NK = batch.advantages_N[:, None].expand_as(log_probs)
+    advantages_NK = batch.advantages_NJ.expand_as(log_probs)
     # The batch is scored in another shape than it was acted in, so its ratios are 1 up to rounding; old := new makes them 1.
     torch.testing.assert_close(scored.log_probs_NK, batch.old_log_probs_NK, rtol=1e-4, atol=1e-4)
     old = scored.log_probs_NK.detach()
@@ -295,7 +296,7 @@ class ActorOnly:
         return clipped_surrogate(
             scored.log_probs_NK,
             batch.old_log_probs_NK,
-            batch.advantages_N[:, None],
+            batch.advantages_NJ,
             batch.mask_NK,
             clip_low=0.2,
             clip_high=0.2,
@@ -344,7 +345,7 @@ def test_a_state_dict_makes_the_same_policy(make: Callable[[], Any]) -> None:
     assert not torch.equal(explore(twin).log_probs_BK, decision.log_probs_BK)
     twin.load_state_dict({name: tensor.clone() for name, tensor in policy.state_dict().items()})
     again = explore(twin)
-    assert torch.equal(again.action_BCA, decision.action_BCA) and torch.equal(again.log_probs_BK, decision.log_probs_BK)
+    assert torch.equal(again.action, decision.action) and torch.equal(again.log_probs_BK, decision.log_probs_BK)
     assert torch.equal(twin.evaluate(decision.trace).log_probs_NK, decision.log_probs_BK)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from mmrl.batching import make_batch, micro_batches, minibatch_indices
+from mmrl.columns import Column
 from mmrl.protocols import Advantages
-from mmrl.types import EpisodeRecord, Rollout
+from mmrl.types import EpisodeRecord, Packing, Rollout
 
 
 class Packer:
-    def pack(self, rollout: Rollout) -> Mapping[str, Tensor]:
-        return {name: value[rollout.valid_TB] for name, value in rollout.trace.items()}
+    def pack(self, rollout: Rollout) -> Packing:
+        return rollout.by_decision()
 
 
 def numbered(t: int, b: int, valid_TB: Tensor) -> Rollout:
@@ -51,11 +52,51 @@ def test_a_batch_holds_the_kept_decisions_in_time_then_slot_order() -> None:
     assert torch.equal(batch.trace["where"], where)
     assert torch.equal(batch.old_log_probs_NK, where[:, None] + torch.tensor([0.1, 0.2]))
     assert batch.mask_NK.tolist() == [[False, False], [True, False], [True, True]]
-    assert torch.equal(batch.advantages_N, where + 0.5)
-    assert torch.equal(batch.returns_N, where + 0.6)
-    assert torch.equal(batch.old_values_N, where + 0.3)
+    assert torch.equal(batch.advantages_NJ, where[:, None] + 0.5)
+    assert torch.equal(batch.returns_NJ, where[:, None] + 0.6)
+    assert torch.equal(batch.old_values_NJ, where[:, None] + 0.3)
     everything = make_batch(rollout, Advantages(rollout.rewards_TB, rollout.rewards_TB, valid_TB, {}), policy)
     assert everything.trace["where"].tolist() == [0, 1, 2, 10, 12]
+
+
+class EpisodePacker:
+    def pack(self, rollout: Rollout) -> Packing:
+        return rollout.by_episode()
+
+
+def test_a_sample_may_be_a_whole_episode() -> None:
+    """Slot 0: an episode of two decisions and one of one. Slot 1: one of three, of which the last is not kept. Slot 2: lost."""
+    valid_TB = torch.tensor([[True, True, False], [True, True, False], [True, True, False]])
+    ended_TB = torch.tensor([[False, False, False], [True, False, False], [False, True, False]])
+    names = Column.of("abcdefghi")
+    rollout = numbered(3, 3, valid_TB)
+    rollout = replace(rollout, terminated_TB=ended_TB, trace={**rollout.trace, "name": names.map(lambda x: x.reshape(3, 3))})
+    keep_TB = valid_TB.clone()
+    keep_TB[2, 1] = False
+    policy: Any = EpisodePacker()
+    batch = make_batch(rollout, Advantages(rollout.rewards_TB + 0.5, rollout.rewards_TB + 0.6, keep_TB, {}), policy)
+    assert batch.trace["where"].tolist() == [[0, 10, 0], [20, 0, 0], [1, 11, 21]]
+    assert batch.trace["name"].tolist() == [["a", "d", None], ["g", None, None], ["b", "e", "h"]]
+    assert batch.mask_NK.tolist() == [
+        [False, False, True, True, False, False],
+        [True, True, False, False, False, False],
+        [True, False, True, True, False, False],
+    ]
+    assert batch.trained_NJ.tolist() == [[False, True, False], [True, False, False], [True, True, False]]
+    torch.testing.assert_close(batch.old_log_probs_NK[2], torch.tensor([1.1, 1.2, 11.1, 11.2, 21.1, 21.2]))
+    torch.testing.assert_close(batch.advantages_NJ[2], torch.tensor([1.5, 11.5, 21.5]))
+    torch.testing.assert_close(batch.per_unit(batch.returns_NJ)[2], torch.tensor([1.6, 1.6, 11.6, 11.6, 21.6, 21.6]))
+    assert batch.old_values_NJ[0].tolist() == pytest.approx([0.3, 10.3, 0])
+    keep_TB[:, 0] = False
+    fewer = make_batch(rollout, Advantages(rollout.rewards_TB, rollout.rewards_TB, keep_TB, {}), policy)
+    assert fewer.trace["name"].tolist() == [["b", "e", "h"]]
+
+
+def test_a_rollout_without_a_valid_decision_is_an_empty_batch() -> None:
+    rollout = numbered(2, 2, torch.zeros(2, 2, dtype=torch.bool))
+    policies: list[Any] = [Packer(), EpisodePacker()]
+    for policy in policies:
+        assert len(make_batch(rollout, Advantages(rollout.rewards_TB, rollout.rewards_TB, rollout.valid_TB, {}), policy)) == 0
 
 
 @pytest.mark.parametrize(("size", "count"), [(12, 4), (13, 4), (3, 4), (1, 1), (7, 1)])

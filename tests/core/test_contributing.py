@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from mmrl.batching import make_batch
 from mmrl.protocols import Environment, LikelihoodPolicy, LossContext, RolloutAlgorithm
 from mmrl.registry import ROOT
 from mmrl.rollout import Collector
-from mmrl.types import Batch
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
 
@@ -68,14 +68,11 @@ def test_the_three_learn_together(parts: tuple[Any, Any, Any]) -> None:
     for _ in range(40):
         rollout = collector.collect(policy)
         advantages = algorithm.advantages(rollout)
-        keep = advantages.keep_TB
-        trace = policy.pack(rollout)
-        old = rollout.log_probs_TBK[keep]
-        torch.testing.assert_close(policy.evaluate(trace).log_probs_NK, old, rtol=0, atol=0)
-        zero = torch.zeros(len(old))
-        batch = Batch(trace, old, rollout.mask_TBK[keep], advantages.advantages_TB[keep], zero, zero)
+        batch = make_batch(rollout, advantages, policy)
+        n = len(batch)
+        torch.testing.assert_close(policy.evaluate(batch.trace).log_probs_NK, batch.old_log_probs_NK, rtol=0, atol=0)
         optimizer.zero_grad()
-        algorithm.loss(policy, batch, LossContext(units=len(old), samples=len(old), iteration=0)).value.backward()
+        algorithm.loss(policy, batch, LossContext(units=n, decisions=n, samples=n, iteration=0)).value.backward()
         optimizer.step()
         success.append(float(rollout.episodes.success_M.mean()))
     assert sum(success[:3]) / 3 < 0.6

@@ -220,7 +220,7 @@ class RandomPolicy(ScriptedPolicy):
 
     def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
         decision = super().act(observation, draws, explore=explore)
-        return replace(decision, action_BCA=draws.normal(CHUNK, 1, dtype=torch.float64))
+        return replace(decision, action=draws.normal(CHUNK, 1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("auto_reset", [True, False])

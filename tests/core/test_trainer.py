@@ -184,7 +184,7 @@ def test_the_policy_outlives_the_run(kind: str, runs: dict[str, Path]) -> None:
     changes = {"checkpoint": str(run_dir / "policy"), "weights": "pretrained", "action_dim": None, "seed": 7}
     again = Component.parse({**settings.policy.dump(), **changes}).build(device=CPU)
     seen = trained.example_observation(3)
-    actions = [p.act(seen, Draws.of(2, torch.arange(3)), explore=False).action_BCA for p in (trained, again)]
+    actions = [p.act(seen, Draws.of(2, torch.arange(3)), explore=False).action for p in (trained, again)]
     assert torch.equal(*actions)
 
 

@@ -50,7 +50,14 @@ def rollout() -> Rollout:
 
 def batch() -> Batch:
     rows = torch.arange(B).float()
-    return Batch({"x": rows[:, None] * 2}, rows[:, None].expand(B, K), rows[:, None].expand(B, K) > 0, rows, rows + 1, rows + 2)
+    return Batch(
+        {"x": rows[:, None] * 2},
+        rows[:, None].expand(B, K),
+        rows[:, None].expand(B, K) > 0,
+        rows[:, None],
+        rows[:, None] + 1,
+        rows[:, None] + 2,
+    )
 
 
 def examples() -> Examples:
@@ -65,7 +72,8 @@ WRONG: list[tuple[Callable[[], Any], str, Any]] = [
     (observation, "state", torch.zeros(B + 1, 4)),
     (observation, "state", torch.zeros(B)),
     (observation, "instructions", ("a", "b")),
-    (decision, "action_BCA", torch.zeros(B, A)),
+    (observation, "conversations", ((),) * (B + 1)),
+    (decision, "action", torch.zeros(B, A)),
     (decision, "log_probs_BK", torch.zeros(B + 1, K)),
     (decision, "log_probs_BK", torch.zeros(B)),
     (decision, "mask_BK", torch.ones(B, K + 1, dtype=torch.bool)),
@@ -85,7 +93,10 @@ WRONG: list[tuple[Callable[[], Any], str, Any]] = [
     (rollout, "mask_TBK", torch.ones(T, B, K + 1, dtype=torch.bool)),
     (rollout, "trace", {"x": torch.zeros(T, B + 1, 9)}),
     (batch, "mask_NK", torch.ones(B, K + 1, dtype=torch.bool)),
-    (batch, "advantages_N", torch.zeros(B + 1)),
+    (batch, "advantages_NJ", torch.zeros(B + 1, 1)),
+    (batch, "advantages_NJ", torch.zeros(B, K + 1)),
+    (batch, "returns_NJ", torch.zeros(B)),
+    (batch, "old_values_NJ", torch.zeros(B, 2)),
     (batch, "reference_log_probs_NK", torch.zeros(B, K + 1)),
     (batch, "trace", {"x": torch.zeros(B + 1)}),
     (examples, "actions_BHA", torch.zeros(B, A)),
@@ -158,7 +169,7 @@ def test_a_batch_moves_all_of_its_rows_together() -> None:
     assert len(picked) == 2
     assert picked.trace["x"][:, 0].tolist() == [4, 0]
     assert picked.old_log_probs_NK[:, 0].tolist() == [2, 0] and picked.mask_NK[:, 0].tolist() == [True, False]
-    columns = (picked.advantages_N, picked.returns_N, picked.old_values_N)
+    columns = (picked.advantages_NJ[:, 0], picked.returns_NJ[:, 0], picked.old_values_NJ[:, 0])
     assert [column.tolist() for column in columns] == [[2, 0], [3, 1], [4, 2]]
     assert picked.reference_log_probs_NK is not None and picked.reference_log_probs_NK[:, 0].tolist() == [1, -1]
     assert batch().select(torch.tensor([0])).reference_log_probs_NK is None

@@ -18,7 +18,7 @@ from mmrl.algorithms.sft import SFT
 from mmrl.errors import TrainingError
 from mmrl.optim import Optimization, OptimizerConfig, StepReport
 from mmrl.protocols import Advantages, LossContext
-from mmrl.types import Batch, EpisodeRecord, Evaluation, Examples, Loss, Observation, Rollout
+from mmrl.types import Batch, EpisodeRecord, Evaluation, Examples, Loss, Observation, Packing, Rollout
 from mmrl.updates import RolloutUpdate, SupervisedTerm, SupervisedUpdate
 
 N, K, S, H = 11, 3, 4, 5
@@ -38,13 +38,13 @@ class Linear(nn.Module):
     def compute_mode(self, *, train: bool) -> Any:
         return torch.set_grad_enabled(train) if not train else nullcontext()
 
-    def pack(self, rollout: Rollout) -> Mapping[str, Tensor]:
-        return {name: value[rollout.valid_TB] for name, value in rollout.trace.items()}
+    def pack(self, rollout: Rollout) -> Packing:
+        return rollout.by_decision()
 
     def evaluate(self, trace: Mapping[str, Tensor]) -> Evaluation:
         x = trace["x"]
         log_probs_NK = self.actor(x)
-        return Evaluation(log_probs_NK, log_probs_NK.tanh(), self.critic(x)[:, 0])
+        return Evaluation(log_probs_NK, log_probs_NK.tanh(), self.critic(x))
 
     def supervised_loss(self, examples: Examples, generator: torch.Generator) -> Loss:
         """The mean over the real actions, as the contract says; no noise, so that pieces can be compared."""
@@ -98,7 +98,7 @@ def policy() -> Linear:
 def batch(policy: Linear) -> Batch:
     x = torch.randn(N, S, dtype=torch.float64)
     scored = policy.evaluate({"x": x})
-    assert scored.values_N is not None
+    assert scored.values_NJ is not None
     noise_NK = 0.3 * torch.randn(N, K, dtype=torch.float64)
     mask_NK = torch.rand(N, K) < 0.6
     mask_NK[3] = False
@@ -106,9 +106,9 @@ def batch(policy: Linear) -> Batch:
         trace={"x": x},
         old_log_probs_NK=scored.log_probs_NK.detach() + noise_NK,
         mask_NK=mask_NK,
-        advantages_N=torch.randn(N, dtype=torch.float64),
-        returns_N=torch.randn(N, dtype=torch.float64),
-        old_values_N=scored.values_N.detach() + 0.3 * torch.randn(N, dtype=torch.float64),
+        advantages_NJ=torch.randn(N, 1, dtype=torch.float64),
+        returns_NJ=torch.randn(N, 1, dtype=torch.float64),
+        old_values_NJ=scored.values_NJ.detach() + 0.3 * torch.randn(N, 1, dtype=torch.float64),
         reference_log_probs_NK=scored.log_probs_NK.detach() - noise_NK,
     )
 
@@ -235,13 +235,13 @@ def test_every_epoch_sees_every_row_once_in_minibatches_of_its_own(policy: Linea
     # Micro-batches are told the size and advantages of their mini-batch: 4, 4 and 3 rows in pieces of at most 2.
     numbers = batch.trace["x"][:, 0].tolist()
     order = [numbers.index(x) for x in rows[:N].tolist()]
-    masks_NK, advantages_N = batch.mask_NK[order], batch.advantages_N[order]
+    masks_NK, advantages_NJ = batch.mask_NK[order], batch.advantages_NJ[order]
     for pieces, (first, last) in zip(((0, 1), (2, 3), (4, 5)), ((0, 4), (4, 8), (8, 11)), strict=True):
         for piece in pieces:
             context = algorithm.contexts[piece]
             assert context.units == int(masks_NK[first:last].sum())
-            trained = advantages_N[first:last][masks_NK[first:last].any(1)].tolist()
-            assert context.samples == len(trained)
+            trained = advantages_NJ[first:last, 0][masks_NK[first:last].any(1)].tolist()
+            assert context.samples == context.decisions == len(trained)
             assert context.advantage_mean == pytest.approx(fmean(trained)) and context.advantage_std == pytest.approx(
                 stdev(trained)
             )
@@ -296,7 +296,7 @@ def test_too_many_skipped_updates_stop_the_run_with_a_sentence(policy: Linear, b
 def rollout_of(policy: Linear) -> Rollout:
     x = torch.randn(3, 4, S, dtype=torch.float64)
     scored = policy.evaluate({"x": x.flatten(0, 1)})
-    assert scored.values_N is not None
+    assert scored.values_NJ is not None
     done_TB = torch.tensor([[False] * 4, [False] * 4, [True] * 4])
     valid_TB = torch.ones(3, 4, dtype=torch.bool)
     valid_TB[2, 1] = False
@@ -305,7 +305,7 @@ def rollout_of(policy: Linear) -> Rollout:
         log_probs_TBK=scored.log_probs_NK.detach().reshape(3, 4, K),
         mask_TBK=torch.ones(3, 4, K, dtype=torch.bool),
         rewards_TB=torch.randn(3, 4, dtype=torch.float64),
-        values_TB=scored.values_N.detach().reshape(3, 4),
+        values_TB=scored.values_NJ.detach().reshape(3, 4),
         next_values_TB=torch.zeros(3, 4, dtype=torch.float64),
         valid_TB=valid_TB,
         terminated_TB=done_TB,
@@ -323,7 +323,7 @@ def test_the_reference_scores_every_decision_with_its_own_weights(micro: int | N
     update = update_of(policy, PPO_WITH_EVERYTHING, Recorder(policy), reference=other, micro_batch=micro)
     rollout = rollout_of(policy)
     batch, advantages = update.prepare(rollout)
-    expected = other.evaluate(policy.pack(rollout)).log_probs_NK
+    expected = other.evaluate(policy.pack(rollout).trace).log_probs_NK
     assert batch.reference_log_probs_NK is not None and not batch.reference_log_probs_NK.requires_grad
     torch.testing.assert_close(batch.reference_log_probs_NK, expected.detach(), rtol=1e-12, atol=1e-12)
     assert len(batch) == 11 and torch.equal(advantages.keep_TB, rollout.valid_TB)

@@ -52,7 +52,7 @@ ADAPTERS: tuple[Row, ...] = (
     (
         "pi0: acts in the checkpoint's numbers",
         "policies/pi0.py",
-        "return replace(decision, action_BCA=self.adapter.to_simulator(decision.action_BCA, observation.state))",
+        "return replace(decision, action=self.adapter.to_simulator(decision.action, observation.state))",
         "return decision",
         f"{_TESTS}::{_WITHIN}",
     ),

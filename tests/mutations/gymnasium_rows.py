@@ -117,8 +117,8 @@ GYMNASIUM: tuple[Row, ...] = (
     (
         "ppo: each micro-batch has advantages of its own",
         "mmrl/algorithms/ppo.py",
-        "(batch.advantages_N - context.advantage_mean)",
-        "(batch.advantages_N - batch.advantages_N.mean())",
+        "(batch.advantages_NJ - context.advantage_mean)",
+        "(batch.advantages_NJ - batch.advantages_NJ.mean())",
         "tests/core/test_updates.py::test_micro_batches_give_the_whole_batch_s_gradient_and_metrics",
     ),
     (

@@ -63,10 +63,10 @@ def test_gaussian_scores_are_those_of_torch_distributions() -> None:
     scored = policy.evaluate(decision.trace)
     actions: Any = policy.actions
     normal = torch.distributions.Normal(network(policy.trunk, actions.mean, states(6)), actions.log_std.double().exp())
-    expected = normal.log_prob(decision.action_BCA[:, 0].double()).sum(1)
+    expected = normal.log_prob(decision.action[:, 0].double()).sum(1)
     torch.testing.assert_close(scored.log_probs_NK[:, 0].double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scored.entropy_NK[:, 0].double(), normal.entropy().sum(1).expand(6), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(scored.values_N.double(), network(policy.critic_trunk, policy.critic, states(6))[:, 0])
+    torch.testing.assert_close(scored.values_NJ[:, 0].double(), network(policy.critic_trunk, policy.critic, states(6))[:, 0])
 
 
 def test_categorical_scores_are_those_of_torch_distributions() -> None:
@@ -76,7 +76,7 @@ def test_categorical_scores_are_those_of_torch_distributions() -> None:
     scored = policy.evaluate(decision.trace)
     logits = network(policy.trunk, policy.actions.logits, states(50))
     parts = [torch.distributions.Categorical(logits=part) for part in (logits[:, :4], logits[:, 4:6])]
-    chosen = decision.action_BCA[:, 0]
+    chosen = decision.action[:, 0]
     expected = sum(part.log_prob(chosen[:, i].double()) for i, part in enumerate(parts))
     torch.testing.assert_close(scored.log_probs_NK[:, 0].double(), expected, rtol=1e-5, atol=1e-5)
     entropy = sum(part.entropy() for part in parts)
@@ -106,7 +106,7 @@ def test_log_probs_and_entropies_have_the_gradients_of_torch_distributions(field
 def test_choices_are_drawn_as_often_as_they_are_likely() -> None:
     policy, n = build(choices=(4, 2)), 20_000
     one = states(1)
-    drawn = policy.act(observation(one.expand(n, S)), tiny.draws(3, n), explore=True).action_BCA[:, 0].long()
+    drawn = policy.act(observation(one.expand(n, S)), tiny.draws(3, n), explore=True).action[:, 0].long()
     logits = network(policy.trunk, policy.actions.logits, one)[0]
     for component, part in enumerate((logits[:4], logits[4:6])):
         share = drawn[:, component].bincount(minlength=len(part)).double() / n
@@ -115,7 +115,7 @@ def test_choices_are_drawn_as_often_as_they_are_likely() -> None:
 
 def test_gaussian_actions_spread_as_they_say_and_are_not_clipped() -> None:
     policy = build(action_dim=2, log_std=0.8)
-    drawn = policy.act(observation(states(1).expand(20_000, S)), tiny.draws(3, 20_000), explore=True).action_BCA[:, 0]
+    drawn = policy.act(observation(states(1).expand(20_000, S)), tiny.draws(3, 20_000), explore=True).action[:, 0]
     actions: Any = policy.actions
     torch.testing.assert_close(drawn.mean(0), actions.mean(policy.trunk(states(1)))[0], rtol=0, atol=0.06)
     torch.testing.assert_close(drawn.std(0), actions.log_std.exp(), rtol=0.03, atol=0)
@@ -126,9 +126,9 @@ def test_without_exploration_it_takes_the_likeliest_action() -> None:
     categorical = build(choices=(4, 2))
     logits = network(categorical.trunk, categorical.actions.logits, states(30))
     best = torch.stack([logits[:, :4].argmax(1), logits[:, 4:6].argmax(1)], 1)
-    assert torch.equal(categorical.act(observation(states(30)), tiny.draws(0, 30), explore=False).action_BCA[:, 0].long(), best)
+    assert torch.equal(categorical.act(observation(states(30)), tiny.draws(0, 30), explore=False).action[:, 0].long(), best)
     gaussian = build(action_dim=2)
-    mean = gaussian.act(observation(states(30)), tiny.draws(0, 30), explore=False).action_BCA[:, 0]
+    mean = gaussian.act(observation(states(30)), tiny.draws(0, 30), explore=False).action[:, 0]
     torch.testing.assert_close(mean.double(), network(gaussian.trunk, gaussian.actions.mean, states(30)))
 
 
@@ -168,7 +168,7 @@ def test_another_seed_gives_other_weights_and_the_global_generator_stays() -> No
 def test_only_a_shared_critic_moves_the_actor(critic: str, touched: bool) -> None:
     policy = build(choices=(2,), critic=critic)
     trace = policy.act(observation(states(5)), tiny.draws(0, 5), explore=True).trace
-    values = policy.evaluate(trace).values_N
+    values = policy.evaluate(trace).values_NJ
     assert values is not None
     values.sum().backward()
     assert any(p.grad is not None and bool(p.grad.any()) for p in policy.trainable()["actor"]) is touched
@@ -243,7 +243,7 @@ def test_the_supervised_loss_is_the_mean_surprise_over_real_first_actions(fields
     decision = policy.act(observation(states(6)), tiny.draws(5, 6), explore=True)
     mask_BH = torch.tensor([[1, 1], [1, 0], [0, 0], [1, 1], [0, 0], [1, 1]]).bool()
     later = torch.full((6, 1, 2), 1.0)
-    examples = Examples(observation(states(6)), torch.cat([decision.action_BCA, later], 1), mask_BH)
+    examples = Examples(observation(states(6)), torch.cat([decision.action, later], 1), mask_BH)
     surprise = [-float(decision.log_probs_BK[i, 0]) for i in range(6) if mask_BH[i, 0]]
     loss = policy.supervised_loss(examples, seeded())
     assert float(loss.value.detach()) == pytest.approx(sum(surprise) / len(surprise), rel=1e-5)
@@ -262,7 +262,7 @@ def test_imitation_learns_a_rule() -> None:
         optimizer.zero_grad()
         policy.supervised_loss(examples, seeded()).value.backward()
         optimizer.step()
-    chosen = policy.act(observation(seen), tiny.draws(0, len(seen)), explore=False).action_BCA[:, 0, 0].long()
+    chosen = policy.act(observation(seen), tiny.draws(0, len(seen)), explore=False).action[:, 0, 0].long()
     assert float((chosen == right).float().mean()) > 0.95
 
 
@@ -277,7 +277,7 @@ def test_a_saved_policy_loads_from_its_folder(tmp_path: Path) -> None:
         stirred=False, action_dim=2, normalize=True, hidden=(8,), checkpoint=str(tmp_path / "policy"), seed=7, log_std=-1
     )
     ours, theirs = (p.act(observation(states(5)), tiny.draws(2, 5), explore=True) for p in (policy, loaded))
-    assert torch.equal(ours.action_BCA, theirs.action_BCA) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
+    assert torch.equal(ours.action, theirs.action) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
     assert ours.values_B is not None and torch.equal(ours.values_B, theirs.values_B)
 
 

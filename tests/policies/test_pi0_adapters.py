@@ -183,7 +183,7 @@ def test_everything_passes_through_the_adapter(wide: str, tmp_path: Path) -> Non
     torch.testing.assert_close(losses[0], losses[1])
     ours = policy.act(raw.observation, tiny.draws(4, rows=6), explore=True)
     theirs = plain.act(seen, tiny.draws(4, rows=6), explore=True)
-    torch.testing.assert_close(ours.action_BCA, adapter.to_simulator(theirs.action_BCA, states))
+    torch.testing.assert_close(ours.action, adapter.to_simulator(theirs.action, states))
     torch.testing.assert_close(ours.log_probs_BK, theirs.log_probs_BK)
     torch.testing.assert_close(policy.evaluate(ours.trace).log_probs_NK, ours.log_probs_BK)
     values = [of.value(data, tiny.draws(rows=6)) for of, data in ((policy, raw.observation), (plain, seen))]
@@ -193,7 +193,7 @@ def test_everything_passes_through_the_adapter(wide: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("target", [LIBERO, MANISKILL])
 def test_a_dry_run_observation_fits_the_adapter(wide: str, target: str) -> None:
     policy = adapted(wide, target)
-    action = policy.act(policy.example_observation(3), tiny.draws(rows=3), explore=False).action_BCA
+    action = policy.act(policy.example_observation(3), tiny.draws(rows=3), explore=False).action
     assert action.shape == (3, tiny.EXECUTE, 7) and bool(action.isfinite().all())
 
 

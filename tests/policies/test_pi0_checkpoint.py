@@ -45,7 +45,7 @@ def test_a_saved_policy_acts_the_same(architecture: str, tmp_path: Path, train: 
     same = functools.partial(torch.testing.assert_close, rtol=error, atol=error)
     for explore in (False, True):
         ours, theirs = decide(policy, explore=explore), decide(twin, explore=explore)
-        same(ours.action_BCA, theirs.action_BCA)
+        same(ours.action, theirs.action)
         same(ours.log_probs_BK, theirs.log_probs_BK)
     assert ours.values_B is not None and theirs.values_B is not None
     same(ours.values_B, theirs.values_B)
@@ -77,10 +77,10 @@ def test_damaged_heads_are_named(architecture: str, tmp_path: Path) -> None:
 def test_a_state_dict_carries_everything(architecture: str, fields: dict[str, Any]) -> None:
     policy = tiny.build(architecture, **fields)
     twin = Pi0(tiny.config(architecture, seed=9, **fields), device=tiny.CPU)
-    assert not torch.equal(decide(twin, explore=True).action_BCA, decide(policy, explore=True).action_BCA)
+    assert not torch.equal(decide(twin, explore=True).action, decide(policy, explore=True).action)
     twin.load_state_dict({name: tensor.clone() for name, tensor in policy.state_dict().items()})
     ours, theirs = decide(policy, explore=True), decide(twin, explore=True)
-    assert torch.equal(ours.action_BCA, theirs.action_BCA) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
+    assert torch.equal(ours.action, theirs.action) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
     if ours.values_B is not None:
         assert theirs.values_B is not None and torch.equal(ours.values_B, theirs.values_B)
 
@@ -90,15 +90,15 @@ def test_a_state_dict_carries_everything(architecture: str, fields: dict[str, An
 
 def test_adapters_are_merged_when_saved(architecture: str, tmp_path: Path) -> None:
     policy, plain = tiny.build(architecture, train="lora"), tiny.build(architecture)
-    before = decide(policy, explore=False).action_BCA
-    assert (before - decide(plain, explore=False).action_BCA).abs().max() > 1e-3, "adapters that do nothing would pass"
+    before = decide(policy, explore=False).action
+    assert (before - decide(plain, explore=False).action).abs().max() > 1e-3, "adapters that do nothing would pass"
     policy.save(tmp_path)
     plain.save(tmp_path / "plain")
     weights = "model.safetensors"
     assert load_file(tmp_path / weights).keys() == load_file(tmp_path / "plain" / weights).keys()
-    after = decide(reopened(tmp_path), explore=False).action_BCA
+    after = decide(reopened(tmp_path), explore=False).action
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-    assert torch.equal(decide(policy, explore=False).action_BCA, before), "saving changed the policy"
+    assert torch.equal(decide(policy, explore=False).action, before), "saving changed the policy"
     assert any("lora_" in name for name, p in policy.named_parameters() if p.requires_grad)
 
 
@@ -110,7 +110,7 @@ def test_fresh_adapters_change_nothing_and_come_from_the_seed(architecture: str)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(3), drawn), "building a policy used up the global generator"
     second = Pi0(tiny.config(architecture, train="lora"), device=tiny.CPU)
-    assert torch.equal(decide(first, explore=False).action_BCA, decide(plain, explore=False).action_BCA)
+    assert torch.equal(decide(first, explore=False).action, decide(plain, explore=False).action)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     third = Pi0(tiny.config(architecture, train="lora", seed=5), device=tiny.CPU)
     names = [name for name, _ in first.named_parameters() if "lora_A" in name]
@@ -184,7 +184,7 @@ def test_statistics_of_transformers_processor_are_read(tmp_path: Path) -> None:
 def test_fewer_action_dimensions_than_statistics_are_the_first_ones(architecture: str) -> None:
     policy = tiny.build(architecture, action_dim=2)
     full = tiny.build(architecture)
-    ours, theirs = decide(policy, explore=False).action_BCA, decide(full, explore=False).action_BCA
+    ours, theirs = decide(policy, explore=False).action, decide(full, explore=False).action
     assert ours.shape == (5, tiny.EXECUTE, 2) and torch.equal(ours, theirs[..., :2])
     assert policy.supervised_loss(tiny.examples(5), tiny.generator()).value.isfinite()
 

@@ -76,7 +76,7 @@ def test_statistics_saved_beside_the_weights_are_used(original: Pi0, hub: Path, 
     policy = opened(hub, tokenizer=architecture, action_dim=None)
     assert policy.statistics == original.statistics and policy.action_dim == tiny.ACTION
     seen = tiny.observation(5)
-    ours, theirs = (of.act(seen, tiny.draws(1), explore=False).action_BCA for of in (policy, original))
+    ours, theirs = (of.act(seen, tiny.draws(1), explore=False).action for of in (policy, original))
     assert torch.equal(ours, theirs)
 
 
@@ -86,7 +86,7 @@ def test_a_policy_saved_from_it_needs_the_other_folder_no_more(hub: Path, archit
     policy.save(tmp_path / "saved")
     twin = opened(tmp_path / "saved")
     seen = tiny.observation(5)
-    ours, theirs = (of.act(seen, tiny.draws(1), explore=True).action_BCA for of in (policy, twin))
+    ours, theirs = (of.act(seen, tiny.draws(1), explore=True).action for of in (policy, twin))
     assert torch.equal(ours, theirs)
 
 

@@ -57,8 +57,8 @@ def test_scoring_again_gives_the_same_bits(
     )
     decision, scored = act_and_score(policy)
     assert torch.equal(scored.log_probs_NK, decision.log_probs_BK)
-    assert scored.values_N is not None and decision.values_B is not None
-    assert torch.equal(scored.values_N, decision.values_B)
+    assert scored.values_NJ is not None and decision.values_B is not None
+    assert torch.equal(scored.values_NJ[:, 0], decision.values_B)
     assert decision.log_probs_BK.isfinite().all() and (decision.log_probs_BK != 0).all()
 
 
@@ -83,10 +83,10 @@ def test_bfloat16_weights_leave_chain_and_densities_in_float32(architecture: str
     decision, scored = act_and_score(policy)
     for name in ("x_before", "x_after", "prior", "state"):
         assert decision.trace[name].dtype == torch.float32, name
-    assert decision.log_probs_BK.dtype == scored.log_probs_NK.dtype == decision.action_BCA.dtype == torch.float32
+    assert decision.log_probs_BK.dtype == scored.log_probs_NK.dtype == decision.action.dtype == torch.float32
     assert torch.equal(scored.log_probs_NK, decision.log_probs_BK)
-    assert scored.values_N is not None and decision.values_B is not None
-    assert torch.equal(scored.values_N, decision.values_B) and scored.values_N.dtype == torch.float32
+    assert scored.values_NJ is not None and decision.values_B is not None
+    assert torch.equal(scored.values_NJ[:, 0], decision.values_B) and scored.values_NJ.dtype == torch.float32
 
 
 # -- an independent loop in float64 ------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def naive_densities(policy: Pi0, decision: Decision) -> Tensor:
             density = gaussian(policy, trace["x_before"][b, j], velocity, hidden, k).log_prob(x)
             out[b, j] = density[: tiny.EXECUTE, : tiny.ACTION]
         action = x[: tiny.EXECUTE, : tiny.ACTION] * std + mean
-        torch.testing.assert_close(decision.action_BCA[b], action, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(decision.action[b], action, rtol=1e-4, atol=1e-4)
     return out
 
 
@@ -238,7 +238,7 @@ def test_exploration_moves_the_action_and_its_absence_does_not(architecture: str
     policy = built(architecture, sampler=sampler, stochastic_steps="all")
     decision = policy.act(tiny.observation(5), tiny.draws(3), explore=True)
     still = policy.act(tiny.observation(5), tiny.draws(3), explore=False)
-    assert (decision.action_BCA - still.action_BCA).abs().mean() > 1e-3
+    assert (decision.action - still.action).abs().mean() > 1e-3
     assert still.trace == {} and still.values_B is None
 
 
@@ -322,7 +322,7 @@ def test_a_critic_that_knows_the_time_says_other_values_later_and_nothing_else_c
     policy = built(architecture, critic=CriticConfig(inputs=("state_token", "time"), hidden=(16,)))
     early, late = (replace(tiny.observation(5), elapsed_B=torch.full((5,), n)) for n in (0, 3))
     ours, theirs = (policy.act(seen, tiny.draws(1), explore=True) for seen in (early, late))
-    assert torch.equal(ours.action_BCA, theirs.action_BCA) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
+    assert torch.equal(ours.action, theirs.action) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
     assert ours.values_B is not None and theirs.values_B is not None
     assert (ours.values_B - theirs.values_B).abs().min() > 1e-3
     torch.testing.assert_close(policy.value(late, tiny.draws(3)), theirs.values_B, rtol=1e-5, atol=1e-6)

@@ -66,7 +66,7 @@ def test_acting_without_exploration_is_upstream_s_sample_actions(architecture: s
     mean, std = (torch.tensor(x, dtype=torch.float64) for x in (policy.statistics.actions_mean, policy.statistics.actions_std))
     expected = chunk[:, : tiny.EXECUTE, : tiny.ACTION] * std + mean
     decision = policy.act(seen, tiny.draws(4), explore=False)
-    torch.testing.assert_close(decision.action_BCA, expected, rtol=1e-4, atol=1e-4)  # rounding grows over the chain
+    torch.testing.assert_close(decision.action, expected, rtol=1e-4, atol=1e-4)  # rounding grows over the chain
 
 
 def test_supervised_loss_is_upstream_s_where_nothing_is_padded(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -155,6 +155,6 @@ def test_cameras_are_told_apart(architecture: str) -> None:
     seen = tiny.observation(5)
     front, wrist = tiny.CAMERAS
     swapped = Observation({front: seen.images[wrist], wrist: seen.images[front]}, seen.state, seen.instructions)
-    plain, crossed = (policy.act(o, tiny.draws(), explore=False).action_BCA for o in (seen, swapped))
+    plain, crossed = (policy.act(o, tiny.draws(), explore=False).action for o in (seen, swapped))
     assert (plain - crossed).abs().max() > 1e-4
-    assert torch.equal(other.act(swapped, tiny.draws(), explore=False).action_BCA, plain)
+    assert torch.equal(other.act(swapped, tiny.draws(), explore=False).action, plain)

@@ -41,7 +41,7 @@ def reopened(folder: Path, **fields: Any) -> TokenVLA:
 
 
 def assert_same(ours: Decision, theirs: Decision) -> None:
-    assert torch.equal(ours.action_BCA, theirs.action_BCA) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
+    assert torch.equal(ours.action, theirs.action) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
     assert (ours.values_B is None) == (theirs.values_B is None)
     if ours.values_B is not None and theirs.values_B is not None:
         assert torch.equal(ours.values_B, theirs.values_B)
@@ -215,7 +215,7 @@ def test_states_that_are_not_there_are_named(paligemma: str, tmp_path: Path) -> 
         policy.act(blind, tiny.draws(1), explore=True)
     with pytest.raises(MMRLError, match="trained with 3 numbers of state, but here are 2"):
         policy.act(Observation(seen.images, seen.state[:, :2], seen.instructions), tiny.draws(1), explore=True)
-    assert tiny_vla.build(paligemma).act(blind, tiny.draws(1), explore=True).action_BCA.isfinite().all()
+    assert tiny_vla.build(paligemma).act(blind, tiny.draws(1), explore=True).action.isfinite().all()
     folder = Path(tiny_vla.write(tmp_path, "paligemma"))
     raw = json.loads((folder / STATISTICS_FILE).read_text())
     (folder / STATISTICS_FILE).write_text(json.dumps({name: x for name, x in raw.items() if not name.startswith("state")}))
@@ -228,7 +228,7 @@ def test_a_critic_that_reads_the_time_must_be_told_it(paligemma: str) -> None:
     seen = tiny_vla.observation(5)
     with pytest.raises(MMRLError, match=r"policy\.critic\.time is true, but the observation does not say how many"):
         policy.act(seen, tiny.draws(1), explore=True)
-    assert policy.act(seen, tiny.draws(1), explore=False).action_BCA.isfinite().all()
+    assert policy.act(seen, tiny.draws(1), explore=False).action.isfinite().all()
     early, late = (policy.value(replace(seen, elapsed_B=torch.full((5,), t)), tiny.draws(1)) for t in (0, 9))
     assert (early - late).abs().min() > 1e-4
 

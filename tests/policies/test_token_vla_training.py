@@ -42,7 +42,7 @@ def likelihood(policy: TokenVLA) -> Tensor:
 
 def value(policy: TokenVLA) -> Tensor:
     decision = policy.act(tiny_vla.observation(5), tiny.draws(1), explore=True)
-    values = policy.evaluate(decision.trace).values_N
+    values = policy.evaluate(decision.trace).values_NJ
     assert values is not None
     return values.square().sum()
 
@@ -146,7 +146,7 @@ def test_it_learns_a_handful_of_examples_by_heart(folder: str) -> None:
         optimizer.step()
     last = policy.supervised_loss(examples, tiny.generator())
     assert float(last.value.detach()) < 0.02 and float(last.metrics["token_accuracy"]) == 1
-    acted = policy.act(examples.observation, tiny.draws(0), explore=False).action_BCA
+    acted = policy.act(examples.observation, tiny.draws(0), explore=False).action
     assert policy.action_bins is not None
     assert torch.equal(acted, policy.action_bins.decode(policy.action_bins.encode(examples.actions_BHA)))
     low, high = (torch.tensor(x) for x in (tiny_vla.STATISTICS.actions_q01, tiny_vla.STATISTICS.actions_q99))
@@ -184,14 +184,19 @@ def test_ppo_makes_what_is_rewarded_likelier(folder: str, granularity: str) -> N
     for iteration in range(12):
         decision = policy.act(seen, tiny.draws(iteration, rows), explore=True)
         assert decision.values_B is not None
-        reward_N = (decision.action_BCA[:, 0, 0] > 0.25).float()
+        reward_N = (decision.action[:, 0, 0] > 0.25).float()
         wins.append(float(reward_N.mean()))
         values.append(float(decision.values_B.mean()))
-        advantages_N = reward_N - reward_N.mean()
-        batch = Batch(decision.trace, decision.log_probs_BK, decision.mask_BK, advantages_N, reward_N, decision.values_B.clone())
+        reward_NJ = reward_N[:, None]
+        advantages_NJ = reward_NJ - reward_NJ.mean()
+        batch = Batch(
+            decision.trace, decision.log_probs_BK, decision.mask_BK, advantages_NJ, reward_NJ, decision.values_B[:, None]
+        )
         for _ in range(2):
             units = int(batch.mask_NK.sum())
-            loss = algorithm.loss(policy, batch, LossContext(units=units, samples=rows, iteration=iteration, advantage_std=0.5))
+            loss = algorithm.loss(
+                policy, batch, LossContext(units=units, decisions=rows, samples=rows, iteration=iteration, advantage_std=0.5)
+            )
             optimizer.zero_grad()
             loss.value.backward()
             optimizer.step()
@@ -203,7 +208,7 @@ def test_ppo_makes_what_is_rewarded_likelier(folder: str, granularity: str) -> N
 def test_units_are_sums_of_tokens(folder: str, granularity: str) -> None:
     decision = tiny_vla.build(folder, granularity=granularity).act(tiny_vla.observation(5), tiny.draws(1), explore=True)
     single = tiny_vla.build(folder).act(tiny_vla.observation(5), tiny.draws(1), explore=True)
-    assert torch.equal(decision.action_BCA, single.action_BCA)
+    assert torch.equal(decision.action, single.action)
     sizes = {"token": 1, "action": tiny_vla.ACTION, "chunk": tiny_vla.EXECUTE * tiny_vla.ACTION}
     pieces = single.log_probs_BK.split(sizes[granularity], 1)
     torch.testing.assert_close(decision.log_probs_BK, torch.stack([piece.sum(1) for piece in pieces], 1))
@@ -215,8 +220,8 @@ def test_units_are_sums_of_tokens(folder: str, granularity: str) -> None:
 def test_fewer_executed_actions_are_the_first_of_the_chunk(folder: str) -> None:
     seen = tiny_vla.observation(5)
     one, three = (tiny_vla.build(folder, execute=n).act(seen, tiny.draws(1), explore=True) for n in (1, 3))
-    assert one.action_BCA.shape == (5, 1, tiny_vla.ACTION) and three.action_BCA.shape == (5, 3, tiny_vla.ACTION)
-    assert torch.equal(one.action_BCA, three.action_BCA[:, :1])
+    assert one.action.shape == (5, 1, tiny_vla.ACTION) and three.action.shape == (5, 3, tiny_vla.ACTION)
+    assert torch.equal(one.action, three.action[:, :1])
     torch.testing.assert_close(one.log_probs_BK, three.log_probs_BK[:, : tiny_vla.ACTION])
 
 

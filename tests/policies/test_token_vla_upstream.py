@@ -162,7 +162,7 @@ def test_log_probs_entropy_and_values_are_the_plain_model_s(folder: str, attenti
     assert (inputs["prompt"] == PADDING).any(), "no padding, so the test would not see it attended to"
     bins_BK, generated_BK = policy._generate(policy._backbone.encode(inputs), TOKENS, tiny.draws(3))
     scored = policy.evaluate({**inputs, "bins": bins_BK})
-    assert scored.values_N is not None and policy.critic is not None
+    assert scored.values_NJ is not None and policy.critic is not None
     for b in range(5):
         alone = upstream_inputs(policy, folder, seen, b)
         output = policy.model(**extended(alone, torch.tensor(ids_of(policy))[bins_BK[b : b + 1]]), output_hidden_states=True)
@@ -173,7 +173,7 @@ def test_log_probs_entropy_and_values_are_the_plain_model_s(folder: str, attenti
         close(scored.log_probs_NK[b], expected_K)
         entropy_K = torch.stack([-(row.exp() * row)[row > -torch.inf].sum() for row in log_probs_KV])
         close(scored.entropy_NK[b], entropy_K)
-        close(scored.values_N[b], policy.critic(output.hidden_states[-1][:, -TOKENS - 1])[0])
+        close(scored.values_NJ[b, 0], policy.critic(output.hidden_states[-1][:, -TOKENS - 1])[0])
 
 
 @torch.no_grad()
@@ -206,7 +206,7 @@ def test_acting_without_exploration_is_upstream_s_greedy_generation(folder: str)
         )
         bins = torch.tensor([ids_of(policy).index(token) for token in ids[0, length:].tolist()])
         expected = policy.action_bins.decode(bins.reshape(tiny_vla.EXECUTE, tiny_vla.ACTION))
-        assert torch.equal(greedy.action_BCA[b], expected)
+        assert torch.equal(greedy.action[b], expected)
 
 
 @torch.no_grad()
@@ -231,12 +231,12 @@ def test_a_row_does_not_depend_on_padding_or_the_rows_beside_it(folder: str) -> 
     wide = tiny_vla.build(folder, dtype="float64", max_text_tokens=40)
     together = narrow.act(seen, tiny.draws(2), explore=True)
     padded = wide.act(seen, tiny.draws(2), explore=True)
-    assert torch.equal(padded.action_BCA, together.action_BCA)
+    assert torch.equal(padded.action, together.action)
     close(padded.log_probs_BK, together.log_probs_BK)
     for b in range(5):
         row = torch.tensor([b])
         alone = narrow.act(seen.select(row), tiny.draws(2).select(row), explore=True)
-        assert torch.equal(alone.action_BCA[0], together.action_BCA[b])
+        assert torch.equal(alone.action[0], together.action[b])
         close(alone.log_probs_BK[0], together.log_probs_BK[b])
 
 
@@ -290,5 +290,5 @@ def test_a_model_without_a_family_is_shown_what_its_own_processor_makes(tmp_path
     policy.save(tmp_path / "saved")
     config = tiny_vla.config(str(tmp_path / "saved"), weights="pretrained", dtype="float64")
     again = TokenVLA(config, device=tiny.CPU).act(seen, tiny.draws(1, 3), explore=True)
-    assert torch.equal(again.action_BCA, decision.action_BCA)
+    assert torch.equal(again.action, decision.action)
     close(again.log_probs_BK, decision.log_probs_BK)
