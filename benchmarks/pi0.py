@@ -105,7 +105,7 @@ def act(bench: Bench, policy: Pi0) -> Callable[[], object]:
 
 def learn(bench: Bench, policy: Pi0) -> Callable[[], object]:
     """Forward and backward over a rollout of one decision per row."""
-    trace = policy.act(bench.seen, rows_of(bench), explore=True).trace
+    trace: Any = policy.act(bench.seen, rows_of(bench), explore=True).trace
 
     def run() -> None:
         policy.zero_grad(set_to_none=True)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from mmrl.numerics.draws import Draws
 from mmrl.types import (
-    Action,
     ActionSpec,
     Batch,
     Decision,
@@ -50,7 +49,10 @@ class Environment(Protocol):
         ...
 
     def step(self, actions: Any, /) -> Step:
-        """Execute C actions [B, C, A] in each slot, or take the message of each (a Column of B): what its policies decide. Slots that are done ignore actions until they are reset."""
+        """Execute C actions in each slot ([B, C, A]), or take the message of each (a Column of B): Decision.action.
+
+        Slots that are done ignore actions until they are reset.
+        """
         ...
 
     def family_of(self, task_ids_M: Tensor) -> tuple[str, ...]:
