@@ -40,7 +40,8 @@ from mmrl.types import Decision, Evaluation, Examples, Observation, Packing, Rol
 from policies.shared.adapters import add_adapters, merged
 from policies.shared.checkpoints import STATISTICS_FILE, load_heads, load_tokenizer, save_heads
 from policies.shared.heads import TIME_FEATURES, CriticHead, time_features
-from policies.token_vla_parts.backbone import Backbone, Prompt, load_model, model_groups
+from policies.shared.vision_language import load_model, model_groups
+from policies.token_vla_parts.backbone import Backbone, Prompt
 from policies.token_vla_parts.bins import Bins, Statistics, load_statistics, only_value
 from policies.token_vla_parts.eyes import FAMILIES, ProcessorEyes
 from policies.token_vla_parts.options import STRICT, CriticConfig, LoraOptions

@@ -5,18 +5,15 @@ Works on any model that AutoModelForImageTextToText loads, whose images stand be
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, Cache
+from torch import Tensor
+from transformers import Cache
 
-from mmrl.errors import MMRLError
-from policies.shared.checkpoints import first_line, load_pretrained
 from policies.token_vla_parts.eyes import PADDING, Eyes
 
 
@@ -115,58 +112,3 @@ class Backbone:
             rest = torch.arange(1, total - row_1L.shape[1] + 1, device=row_1L.device)
             self._template[key] = torch.cat([known[:, 0], known[:, 0, -1:] + rest], 1)
         return self._template[key]
-
-
-def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str, seed: int) -> Any:
-    """``pretrained``: transformers' own loader, safetensors only. ``random``: config.json's architecture, initialised afresh."""
-    if weights == "pretrained":
-        options = {"dtype": dtype, "attn_implementation": attention}
-        return load_pretrained(AutoModelForImageTextToText, checkpoint, "vision-language model", **options).eval()
-    try:
-        config: Any = AutoConfig.from_pretrained(checkpoint)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model: Any = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
-            fan_in_init(model)
-    except (OSError, ValueError) as error:
-        raise MMRLError(
-            f"policy.checkpoint = {checkpoint}: cannot be loaded as a vision-language model ({first_line(error)})"
-        ) from error
-    # Not model.to(dtype): it would round the frequencies of positions as well, which a loaded model keeps in float32.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model.eval()
-
-
-def fan_in_init(model: Any) -> None:
-    """Everything at the size of its inputs, because at widths near 100 transformers' default (std 0.02) hardly starts to learn.
-
-    std 1/sqrt(fan_in) for linear layers and convolutions; 1/2 for positions of patches. Words have std 1, but 1/sqrt(width) where
-    the model multiplies them by sqrt(width), as Gemma does, or uses them in the output as well.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
-            nn.init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.5)
-    words = model.get_input_embeddings()
-    tied = model.get_output_embeddings().weight is words.weight
-    small = tied or hasattr(words, "embed_scale")
-    nn.init.normal_(words.weight, std=1 / math.sqrt(words.weight.shape[1]) if small else 1.0)
-
-
-def model_groups(model: Any) -> dict[str, list[nn.Parameter]]:
-    """The weights that learn: those that turn words, positions and patches into vectors, and the head, apart from all others.
-
-    Muon is not for them.
-    """
-    kinds = nn.Embedding | nn.Conv2d | nn.Conv3d
-    apart = {id(p) for module in model.modules() if isinstance(module, kinds) for p in module.parameters(recurse=False)}
-    apart |= {id(p) for p in model.get_output_embeddings().parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return {
-        "actor": [p for p in trained if id(p) not in apart],
-        "embedding": [p for p in trained if id(p) in apart],
-    }

@@ -247,6 +247,19 @@ def test_every_epoch_sees_every_row_once_in_minibatches_of_its_own(policy: Linea
             )
 
 
+def test_decisions_of_a_sample_are_counted_one_by_one(policy: Linear, batch: Batch) -> None:
+    """Here each unit is a decision of its own."""
+    each_NJ = torch.randn(N, K, dtype=torch.float64)
+    algorithm = Reporting([])
+    algorithm.epochs = algorithm.minibatches = 1
+    many = replace(batch, advantages_NJ=each_NJ, returns_NJ=each_NJ, old_values_NJ=each_NJ)
+    update_of(policy, algorithm, real_optimization(policy)).run(many, 0)
+    (context,), trained = algorithm.contexts, each_NJ[batch.mask_NK].tolist()
+    assert (context.units, context.decisions, context.samples) == (len(trained), len(trained), int(batch.mask_NK.any(1).sum()))
+    assert context.samples < context.decisions
+    assert (context.advantage_mean, context.advantage_std) == (pytest.approx(fmean(trained)), pytest.approx(stdev(trained)))
+
+
 def test_too_much_divergence_leaves_the_remaining_updates_out(policy: Linear, batch: Batch) -> None:
     algorithm = Reporting([{"approx_kl": 0.01}, {"approx_kl": 0.3}], max_kl=0.1)
     metrics = update_of(policy, algorithm, real_optimization(policy)).run(batch, 0)

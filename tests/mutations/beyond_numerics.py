@@ -247,9 +247,9 @@ PI0: tuple[Row, ...] = (
     ),
     (
         "pack transposed",
-        "policies/pi0.py",
-        "tensor[valid] for name, tensor",
-        "tensor.transpose(0, 1)[valid.T] for name, tensor",
+        "mmrl/types.py",
+        "self.valid_TB.flatten().nonzero()[:, 0]",
+        "self.valid_TB.T.flatten().nonzero()[:, 0]",
         "tests/contracts/test_policies.py::test_pack_takes_the_valid_decisions_in_time_then_slot_order",
     ),
     (
@@ -362,9 +362,9 @@ CORE: tuple[Row, ...] = (
     ),
     (
         "rollout: decisions go to the first slots instead of those that run",
-        "mmrl/types.py",
-        ".index_copy_(0, index_N, rows)",
-        ".index_copy_(0, torch.arange(len(index_N)), rows)",
+        "mmrl/columns.py",
+        ".index_copy_(0, index_N, tensor)",
+        ".index_copy_(0, torch.arange(len(index_N)), tensor)",
         "tests/core/test_rollout.py::test_a_rollout_does_not_depend_on_how_its_slots_are_shared_out",
     ),
     (

@@ -33,8 +33,8 @@ EVALUATING: tuple[Row, ...] = (
     (
         "playing: actions come back in the order of the seats",
         "mmrl/playing.py",
-        "return torch.cat(actions)[place_N]",
-        "return torch.cat(actions)[: len(place_N)]",
+        "return cat(actions)[place_N]",
+        "return cat(actions)[: len(place_N)]",
         "tests/core/test_evaluation.py::test_every_task_counts_once",
     ),
     (

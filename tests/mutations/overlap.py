@@ -10,8 +10,8 @@ OVERLAP: tuple[Row, ...] = (
     (
         "rollout: a step is waited for at once",
         "mmrl/rollout.py",
-        "        return environment.begin_step(actions_BCA)\n",
-        "        step = environment.begin_step(actions_BCA)()\n        return lambda: step\n",
+        "        return environment.begin_step(actions)\n",
+        "        step = environment.begin_step(actions)()\n        return lambda: step\n",
         f"{_OVERLAP}::test_the_policy_acts_while_the_other_part_simulates",
     ),
     (

@@ -8,7 +8,7 @@ from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmrl.numerics.tokens import token_entropy, token_log_probs
+from mmrl.numerics.tokens import head_log_probs, token_entropy, token_log_probs
 
 close = torch.testing.assert_close
 
@@ -99,3 +99,40 @@ def test_no_float32_copy_of_the_logits_is_made():
 def test_a_chunk_holds_at_least_one_position(case):
     with pytest.raises(ValueError, match="at least 1 position"):
         token_log_probs(*case, chunk=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("forbidden", [None, [2, 5]])
+def test_the_head_s_log_probs_entropy_and_gradients_are_torchs(chunk, forbidden):
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(n, 6, dtype=torch.float64, generator=generator).requires_grad_() for n in (8, 11))
+    ids = torch.tensor([0, 1, 3, 4, 6, 7, 10, 10])
+    logits = hidden @ weight.T / 0.7
+    if forbidden is not None:
+        kept = torch.tensor([v for v in range(11) if v not in forbidden])
+        want = Categorical(logits=logits[:, kept])
+        want_log_probs, want_entropy = want.log_prob(torch.searchsorted(kept, ids)), want.entropy()
+        forbidden = torch.tensor(forbidden)
+    else:
+        want_log_probs, want_entropy = Categorical(logits=logits).log_prob(ids), Categorical(logits=logits).entropy()
+    got_log_probs, got_entropy = head_log_probs(hidden, weight, ids, temperature=0.7, forbidden=forbidden, chunk=chunk)
+    close(got_log_probs, want_log_probs, rtol=1e-12, atol=1e-12)
+    close(got_entropy, want_entropy, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(2, 8, dtype=torch.float64, generator=generator)
+    got = torch.autograd.grad((weights[0] * got_log_probs + weights[1] * got_entropy).sum(), (hidden, weight))
+    want = torch.autograd.grad((weights[0] * want_log_probs + weights[1] * want_entropy).sum(), (hidden, weight))
+    for ours, theirs in zip(got, want, strict=True):
+        close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_head_of_nothing():
+    hidden, weight = torch.zeros(0, 6, requires_grad=True), torch.ones(11, 6, requires_grad=True)
+    log_probs, entropy = head_log_probs(hidden, weight, torch.zeros(0, dtype=torch.long))
+    (log_probs.sum() + entropy.sum()).backward()
+    assert log_probs.shape == entropy.shape == (0,) and weight.grad is not None and not weight.grad.any()
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight = torch.ones(2, 6, requires_grad=True), torch.randn(11, 6)
+    head_log_probs(hidden, weight, torch.tensor([1, 2]))[0].sum().backward()
+    assert hidden.grad is not None and hidden.grad.any() and weight.grad is None

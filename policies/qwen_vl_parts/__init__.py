@@ -1,0 +1,1 @@
+"""The parts of policies/qwen_vl.py."""
