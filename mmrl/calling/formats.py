@@ -129,10 +129,9 @@ class CodeCalls:
         about = next((schema.description for schema in schemas if schema.name == self.config.tool), None)
         if about is None:
             raise ValueError(f"tool '{self.config.tool}', which is to run blocks of code, is not among the tools")
-        return (
-            f"# Code\n\n{about}\n\nTo run code, write it in a block that begins with ```{self.config.language} and ends with ```:\n"
-            f"```{self.config.language}\n<code>\n```"
-        )
+        opening = f"```{self.config.language}"
+        how = f"To run code, write it in a block that begins with {opening} and ends with ```:"
+        return f"# Code\n\n{about}\n\n{how}\n{opening}\n<code>\n```"
 
     def _block(self, call: ToolCall) -> str:
         code = call.arguments.get(self.config.argument)
