@@ -1,4 +1,4 @@
-"""What the image tools share: colours, and checks of what a model asked for. Pixels are counted as in ``mmrl.messages.Picture``."""
+"""What the image tools share: colours, and checks of what a model asked for, in pixels as ``mmrl.messages.Picture`` counts."""
 
 from __future__ import annotations
 
