@@ -1,4 +1,4 @@
-"""Text in images: PP-OCR through rapidocr and onnxruntime. Its models come with the package; they read Chinese and Latin script."""
+"""Text in images: PP-OCR through rapidocr and onnxruntime; the models in the package read Chinese and Latin script."""
 
 from __future__ import annotations
 

@@ -15,10 +15,12 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.errors import PydanticUserError
 
+from mmrl.calling.results import short
 from mmrl.component import Problems, validate
 from mmrl.errors import ConfigError
 from mmrl.registry import did_you_mean
 
+SHORT = 200  # characters of what is said about an argument, which holds its value
 HIDDEN = "ctx"  # the parameter that takes the ToolContext
 _NAME = re.compile(r"[A-Za-z_][\w-]{0,63}")
 _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -216,7 +218,8 @@ def _named(schema: ToolSchema, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bad(name: str, sentences: list[str]) -> BadArguments:
-    return BadArguments(full_stop(f"{name}: {'; '.join(dict.fromkeys(sentences)).replace('?;', ';')}"))
+    said = dict.fromkeys(short(sentence, SHORT).replace("the configuration", "the arguments") for sentence in sentences)
+    return BadArguments(full_stop(f"{name}: {'; '.join(said).replace('?;', ';')}"))
 
 
 def full_stop(sentence: str) -> str:
