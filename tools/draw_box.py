@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from PIL import ImageDraw
-
 from mmrl.messages import IDENTITY, Picture, ToolContext, ToolError
 from tools.images import Box, Colour, check_box
 
@@ -23,7 +21,12 @@ def draw_box(image: int, box: Box, ctx: ToolContext, color: Colour = "red", thic
     if not 1 <= thickness <= MAX_THICKNESS:
         raise ToolError(f"'thickness' must be from 1 to {MAX_THICKNESS}, got {thickness}.")
     copy = picture.image.copy()
-    # Pillow means the last pixel, a box the edge behind it; and an outline that meets itself is all there is to draw.
-    width = min(thickness, (right - left + 1) // 2, (bottom - top + 1) // 2)
-    ImageDraw.Draw(copy).rectangle((left, top, right - 1, bottom - 1), outline=color, width=width)
+    width = min(thickness, right - left, bottom - top)
+    for edge in (  # Pillow's own rectangle is a pixel too high where a box is one pixel high
+        (left, top, right, top + width),
+        (left, bottom - width, right, bottom),
+        (left, top, left + width, bottom),
+        (right - width, top, right, bottom),
+    ):
+        copy.paste(color, edge)
     return picture.derived(copy, IDENTITY, image - 1)

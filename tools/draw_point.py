@@ -26,5 +26,7 @@ def draw_point(image: int, point: tuple[int, int], ctx: ToolContext, color: Colo
     if not 0 <= radius <= MAX_RADIUS:
         raise ToolError(f"'radius' must be from 0 to {MAX_RADIUS}, got {radius}.")
     copy = picture.image.copy()
-    ImageDraw.Draw(copy).ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
+    pen = ImageDraw.Draw(copy)
+    pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
+    pen.point((x, y), fill=color)  # an ellipse of one pixel is none
     return picture.derived(copy, IDENTITY, image - 1)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from mmrl.calling import Toolbox, load_tools
 from mmrl.messages import Picture, ToolCall, ToolContext, ToolError
@@ -26,6 +26,7 @@ from tools.resize import resize
 from tools.rotate import rotate
 
 TOOLS: tuple[Callable[..., Picture], ...] = (adjust, crop, draw_box, draw_point, flip, resize, rotate)
+EDGE = 10  # pixels at an edge, in which resampling may have mixed something
 DOT = 5  # side of the dot, which is odd, so that it has a pixel in the middle
 
 
@@ -54,17 +55,22 @@ def ramp(width: int, height: int) -> Picture:
     return Picture(Image.fromarray(np.stack([60 + xs, 60 + ys, np.full_like(xs, 255)], 2).astype(np.uint8)))
 
 
-def check_ramp(picture: Picture, width: int, height: int) -> int:
-    """Every pixel says where it comes from, which must be where ``to_source`` says; how many were looked at."""
+def check_ramp(picture: Picture, times: int) -> int:
+    """Every pixel says where it comes from, which must be where ``to_source`` says; how many were looked at.
+
+    Not looked at are those near an edge, of the picture or of what turning left black: resampling mixes them with it. Each of
+    ``times`` tools rounds to whole numbers.
+    """
     pixels = np.asarray(picture.image, np.float64)
     ys, xs = np.mgrid[: picture.image.height, : picture.image.width] + 0.5
     a, b, c, d, e, f = picture.to_source
-    source_x, source_y = a * xs + b * ys + c, d * xs + e * ys + f
-    margin = 3  # resampling at the edge looks beyond it
-    inside = (margin <= source_x) & (source_x <= width - margin) & (margin <= source_y) & (source_y <= height - margin)
-    np.testing.assert_allclose(pixels[inside][:, 0] - 60 + 0.5, source_x[inside], atol=1.01)
-    np.testing.assert_allclose(pixels[inside][:, 1] - 60 + 0.5, source_y[inside], atol=1.01)
-    return int(inside.sum())
+    whole = ImageOps.expand(Image.fromarray((pixels[:, :, 2] == 255).astype(np.uint8)), EDGE).filter(
+        ImageFilter.MinFilter(2 * EDGE + 1)
+    )
+    seen = np.asarray(whole)[EDGE:-EDGE, EDGE:-EDGE] == 1
+    np.testing.assert_allclose(pixels[seen][:, 0] - 60 + 0.5, (a * xs + b * ys + c)[seen], atol=0.55 * times + 0.05)
+    np.testing.assert_allclose(pixels[seen][:, 1] - 60 + 0.5, (d * xs + e * ys + f)[seen], atol=0.55 * times + 0.05)
+    return int(seen.sum())
 
 
 @st.composite
@@ -95,9 +101,9 @@ def apply(first: Picture, drawn: st.DataObject, times: int) -> Picture:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data(), st.integers(40, 150), st.integers(40, 150), st.integers(1, 3))
+@given(st.data(), st.integers(100, 190), st.integers(100, 190), st.integers(1, 3))
 def test_every_pixel_is_where_the_map_says(drawn: st.DataObject, width: int, height: int, times: int) -> None:
-    check_ramp(apply(ramp(width, height), drawn, times), width, height)
+    assume(check_ramp(apply(ramp(width, height), drawn, times), times) > 100)
 
 
 @settings(max_examples=60, deadline=None)
@@ -181,11 +187,9 @@ def test_contrast_spreads_around_the_mean_and_brightness_scales() -> None:
 def test_a_box_is_drawn_on_its_edges_inwards(left: int, top: int, width: int, height: int, thickness: int) -> None:
     right, bottom = min(20, left + width), min(15, top + height)
     result = draw_box(1, (left, top, right, bottom), see(Picture(Image.new("RGB", (20, 15)))), "white", thickness)
-    expected = np.zeros((15, 20), bool)
-    expected[top:bottom, left:right] = True
-    inner = expected[top + thickness : bottom - thickness, left + thickness : right - thickness]
-    if inner.size and top + thickness < bottom - thickness and left + thickness < right - thickness:
-        inner[:] = False
+    ys, xs = np.mgrid[:15, :20]
+    inside = (left <= xs) & (xs < right) & (top <= ys) & (ys < bottom)
+    expected = inside & (np.minimum.reduce([xs - left, right - 1 - xs, ys - top, bottom - 1 - ys]) < thickness)
     assert np.array_equal(np.asarray(result.image)[:, :, 0] > 0, expected)
     assert (result.source, result.to_source) == (0, (1, 0, 0, 0, 1, 0))
 
