@@ -59,17 +59,17 @@ def check_ramp(picture: Picture, times: int) -> int:
     """Every pixel says where it comes from, which must be where ``to_source`` says; how many were looked at.
 
     Not looked at are those near an edge, of the picture or of what turning left black: resampling mixes them with it. Each of
-    ``times`` tools rounds to whole numbers.
+    ``times`` tools makes whole numbers of what it computes, and turning does so by leaving the rest off.
     """
     pixels = np.asarray(picture.image, np.float64)
     ys, xs = np.mgrid[: picture.image.height, : picture.image.width] + 0.5
     a, b, c, d, e, f = picture.to_source
-    whole = ImageOps.expand(Image.fromarray((pixels[:, :, 2] == 255).astype(np.uint8)), EDGE).filter(
-        ImageFilter.MinFilter(2 * EDGE + 1)
-    )
-    seen = np.asarray(whole)[EDGE:-EDGE, EDGE:-EDGE] == 1
-    np.testing.assert_allclose(pixels[seen][:, 0] - 60 + 0.5, (a * xs + b * ys + c)[seen], atol=0.55 * times + 0.05)
-    np.testing.assert_allclose(pixels[seen][:, 1] - 60 + 0.5, (d * xs + e * ys + f)[seen], atol=0.55 * times + 0.05)
+    whole = ImageOps.expand(Image.fromarray(np.where(pixels[:, :, 2] == 255, 255, 0).astype(np.uint8)), EDGE)
+    seen = (
+        np.asarray(whole.filter(ImageFilter.BoxBlur(EDGE)))[EDGE:-EDGE, EDGE:-EDGE] == 255
+    )  # a whole square around them, that is
+    np.testing.assert_allclose(pixels[seen][:, 0] - 60 + 0.5, (a * xs + b * ys + c)[seen], atol=times + 0.05)
+    np.testing.assert_allclose(pixels[seen][:, 1] - 60 + 0.5, (d * xs + e * ys + f)[seen], atol=times + 0.05)
     return int(seen.sum())
 
 
