@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -60,7 +61,7 @@ class ReadText:
         if not self._lock.acquire(timeout=timeout_s):
             raise ToolError("The reader is busy; try again.")
         try:
-            found = self._engine(np.ascontiguousarray(pixels[:, :, ::-1]))  # blue first, as OpenCV has it
+            found: Any = self._engine(np.ascontiguousarray(pixels[:, :, ::-1]))  # blue first, as OpenCV has it
         finally:
             self._lock.release()
         if found.boxes is None or not found.txts:

@@ -54,7 +54,7 @@ class ToolBlock:
         if self.component is None:
             return [self.function]
         built = self.component.build()
-        several = getattr(built, "tools", None)
+        several: Any = getattr(built, "tools", None)
         return [built] if several is None else list(several() if callable(several) else several)
 
     def dump(self) -> str | dict[str, Any]:

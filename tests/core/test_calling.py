@@ -305,6 +305,25 @@ def test_at_most_so_many_run_at_a_time_over_all_threads() -> None:
     assert (now, most) == (0, 2)
 
 
+def test_a_late_call_that_returns_at_last_frees_no_second_place() -> None:
+    workers, gate = Workers(1), threading.Event()
+    assert [[piece.status for piece in chain] for chain in workers.run([[gate.wait]], 0.01)] == [["late"]]
+    gate.set()
+    deadline = time.monotonic() + 30
+    while workers.left_behind and time.monotonic() < deadline:
+        time.sleep(0.01)
+    meeting = threading.Barrier(2)
+
+    def meet() -> bool:
+        try:
+            meeting.wait(timeout=0.3)
+        except threading.BrokenBarrierError:
+            return False
+        return True
+
+    assert [chain[0].value for chain in workers.run([[meet], [meet]], 30.0)] == [False, False]
+
+
 def test_what_hangs_does_not_keep_the_program_from_ending() -> None:
     code = (
         "import threading\nfrom mmrl.calling import Toolbox\nfrom mmrl.messages import ToolCall\n"
