@@ -22,7 +22,8 @@ from typing import Any, ClassVar, Protocol
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from mmrl.calling.schema import ToolSchema, full_stop
+from mmrl.calling.results import short
+from mmrl.calling.schema import SHORT, ToolSchema, full_stop
 from mmrl.messages import ToolCall
 from mmrl.registry import did_you_mean
 
@@ -156,17 +157,18 @@ class CodeCalls:
             while at < len(lines) and not closing.fullmatch(lines[at]):
                 at += 1
             if opening[2].lower().split()[:1] == [self.config.language.lower()]:
-                yield self._read(lines[begin:at], closed=at < len(lines), opening=lines[begin - 1])
+                yield self._read(lines[begin - 1 : at], closed=at < len(lines))
             at += 1
 
-    def _read(self, body: list[str], *, closed: bool, opening: str) -> ToolCall | MalformedCall:
-        code = "\n".join(body)
+    def _read(self, lines: list[str], *, closed: bool) -> ToolCall | MalformedCall:
+        """The call of a block: its opening line and its code."""
+        code, block = "\n".join(lines[1:]), f"A block of {self.config.language} code"
         if not closed:
-            return MalformedCall(f"A block of {self.config.language} code is not closed with ```.", f"{opening}\n{code}")
+            return MalformedCall(f"{block} is not closed with ```.", "\n".join(lines))
         if not code.strip():
-            return MalformedCall(f"A block of {self.config.language} code is empty.", f"{opening}\n{code}")
+            return MalformedCall(f"{block} is empty.", "\n".join(lines))
         if not _encodable(code):
-            return MalformedCall(f"A block of {self.config.language} code holds {_HALF}.", code)
+            return MalformedCall(f"{block} holds {_HALF}.", "\n".join(lines))
         return ToolCall(self.config.tool, {self.config.argument: code})
 
 
@@ -185,7 +187,7 @@ def _read(content: str, whole: str) -> ToolCall | MalformedCall:
         call = json.loads(content, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
         return _call(call)
     except _Refused as error:
-        return MalformedCall(full_stop(f"The call {error}"), whole)
+        return MalformedCall(full_stop(short(f"The call {error}", SHORT)), whole)
     except json.JSONDecodeError as error:
         return MalformedCall(f"The call is not valid JSON: {error.msg} at character {error.pos} of {len(content)}.", whole)
     except (ValueError, RecursionError):  # an integer of thousands of digits; thousands of brackets

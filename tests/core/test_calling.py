@@ -204,7 +204,10 @@ def test_a_late_call_is_left_behind_and_harms_no_other(gate: threading.Event) ->
 
     box = Toolbox([hang, add], timeout_s=0.05, concurrency=1)  # what is late must give its place to the next
     calls = [ToolCall("hang", {}), ToolCall("add", {"first": 1}), ToolCall("hang", {})]
-    outcomes = box.run(calls)
+    outcomes: list[Outcome] = []
+    waiting = threading.Thread(target=lambda: outcomes.extend(box.run(calls)), daemon=True)
+    waiting.start()
+    waiting.join(30)
     assert [outcome.error for outcome in outcomes] == ["timeout", None, "timeout"]
     assert outcomes[0].result == ToolResult("hang did not return within 0.05 s.", error=True)
     assert outcomes[0].rewards == () and outcomes[0].seconds >= 0.05
