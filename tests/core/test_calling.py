@@ -333,7 +333,7 @@ def test_what_hangs_does_not_keep_the_program_from_ending() -> None:
         "def hang() -> str:\n    '''Hang.'''\n    threading.Event().wait()\n"
         "print(Toolbox([hang], timeout_s=0.01).run([ToolCall('hang', {})])[0].error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT, check=True)
     assert done.stdout.strip() == "timeout"
 
 

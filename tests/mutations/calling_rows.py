@@ -104,7 +104,7 @@ CALLING: tuple[Row, ...] = (
         "tools/crop.py",
         "(width / size[0], 0, left, 0, height / size[1], top)",
         "(1, 0, left, 0, 1, top)",
-        f"{_IMAGES}::test_a_dot_is_found_where_the_map_says",
+        f"{_IMAGES}::test_the_corners_of_exact_maps",
     ),
     (
         "rotate: half a pixel off",
@@ -132,7 +132,7 @@ CALLING: tuple[Row, ...] = (
         "tools/flip.py",
         "(-1.0, 0.0, float(width), ",
         "(-1.0, 0.0, float(width - 1), ",
-        f"{_IMAGES}::test_a_dot_is_found_where_the_map_says",
+        f"{_IMAGES}::test_the_corners_of_exact_maps",
     ),
     (
         "read_text: boxes of the picture that was scaled down",
