@@ -191,6 +191,8 @@ def _translate(kind: Any, details: ErrorDetails) -> Iterator[Problem]:
             yield Problem((*loc, *inner.loc), inner.before, inner.after)
     elif code in ("extra_forbidden", "unexpected_keyword_argument"):
         yield Problem(loc, "unknown key ", did_you_mean(str(loc[-1]), field_types(_type_at(kind, loc[:-1]))))
+    elif code == "missing" and isinstance(loc[-1], int):  # of a tuple
+        yield Problem(loc[:-1], "", f" {_WISHES['too_short']}")
     elif code in ("missing", "missing_argument"):
         yield Problem(loc, "", " is missing")
     elif cause is not None or code == "value_error":

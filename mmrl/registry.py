@@ -1,4 +1,4 @@
-"""From a name in a YAML file, ``package.module:Name``, to the class it means.
+"""From a name in a YAML file, ``package.module:Name``, to the class (or the tool's function) it means.
 
 The packages ``policies``, ``simulators`` and ``tools`` share their names with unrelated distributions on PyPI, so a name is
 followed only into the packages that lie beside this one.
@@ -10,10 +10,11 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from mmrl.errors import RegistryError
 
@@ -26,8 +27,19 @@ _TARGET = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-
 def resolve(target: str) -> type:
     """The class that ``target`` names, e.g. ``policies.pi0:Pi0``.
 
-    Raises RegistryError, saying what to write or install, if the name is malformed, lies outside this project's packages, is
-    hidden by another distribution's package, does not exist, is no class, or needs a package that is not installed.
+    Raises RegistryError, saying what to write or install, as ``find`` does, and if the name is no class's.
+    """
+    found = find(target, _components)
+    if not isinstance(found, type):
+        raise RegistryError(f"target '{target}' is a {type(found).__name__}, but a component is a class")
+    return found
+
+
+def find(target: str, offered: Callable[[dict[str, Any]], Iterable[str]]) -> Any:
+    """Whatever ``target`` names. offered: of what a module itself defines, the names that a wrong one may have meant.
+
+    Raises RegistryError if the name is malformed, lies outside this project's packages, is hidden by another distribution's
+    package, does not exist, or needs a package that is not installed.
     """
     match = _TARGET.fullmatch(target)
     if match is None:
@@ -37,11 +49,11 @@ def resolve(target: str) -> type:
     if package not in PACKAGES:
         raise RegistryError(f"target '{target}' starts with '{package}', but components live in {', '.join(PACKAGES)}")
     _refuse_shadow(package)
-    found = getattr(_import(target, module_name), name, None)
+    module = _import(target, module_name)
+    found = getattr(module, name, None)
     if found is None:
-        raise RegistryError(f"target '{target}': {module_name} has no '{name}'{did_you_mean(name, _classes(module_name))}")
-    if not isinstance(found, type):
-        raise RegistryError(f"target '{target}' is a {type(found).__name__}, but a component is a class")
+        own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name}
+        raise RegistryError(f"target '{target}': {module_name} has no '{name}'{did_you_mean(name, offered(own))}")
     return found
 
 
@@ -113,9 +125,7 @@ def _modules(package: str) -> list[str]:
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if not path.stem.startswith("__")]
 
 
-def _classes(module_name: str) -> list[str]:
-    """Components that a module defines: its classes with a Config, or every class if none has one."""
-    module = importlib.import_module(module_name)
-    own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", None) == module_name}
+def _components(own: dict[str, Any]) -> list[str]:
+    """The classes with a Config, or every class if none has one."""
     classes = {name: value for name, value in own.items() if isinstance(value, type)}
     return [name for name, value in classes.items() if hasattr(value, "Config")] or list(classes)

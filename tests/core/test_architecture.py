@@ -36,6 +36,7 @@ RULES = {
     "mmrl.rollout": CONTRACTS,
     "mmrl.batching": CONTRACTS,
     "mmrl.workers": (*CONTRACTS, "mmrl.registry"),
+    "mmrl.calling": (*CONTRACTS, "mmrl.registry"),
     "policies": CONTRACTS,
     "simulators": (*CONTRACTS, "mmrl.workers", "mmrl.registry"),
     "tools": CONTRACTS,

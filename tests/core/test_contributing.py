@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from mmrl.batching import make_batch
+from mmrl.calling import HermesCalls, Toolbox
+from mmrl.messages import Picture
 from mmrl.protocols import Environment, LikelihoodPolicy, LossContext, RolloutAlgorithm
 from mmrl.registry import ROOT
 from mmrl.rollout import Collector
@@ -87,11 +89,25 @@ def test_the_reward_scores_episodes(shown: dict[str, Any], parts: tuple[Any, Any
     assert scores.tolist() == pytest.approx([max(0.0, 1 - length / 20) if success else 0.0 for success, length in rows])
 
 
-def test_the_tool_crops_and_answers_mistakes_with_a_sentence(shown: dict[str, Any]) -> None:
-    picture = Image.new("RGB", (8, 6))
-    picture.putpixel((3, 2), (255, 0, 0))
-    assert shown["crop"](picture, 3, 2, 5, 6).getpixel((0, 0)) == (255, 0, 0)
-    assert shown["crop"](picture, 3, 2, 9, 6) == "The rectangle must lie within the image, which is 8 wide and 6 high."
+def test_a_model_calls_the_tool_and_is_told_its_mistakes(shown: dict[str, Any]) -> None:
+    pixels = Image.new("RGB", (8, 6))
+    pixels.putpixel((3, 2), (255, 0, 0))
+    toolbox = Toolbox([shown["crop"]])
+    (schema,) = toolbox.schemas
+    assert schema.description == "Cut a rectangle out of the image with this number, in pixels from its upper left corner."
+    assert schema.parameters["required"] == ["image", "left", "top", "right", "bottom"]
+    text = (
+        '<tool_call>{"name": "crop", "arguments": {"image": 2, "left": 3, "top": 2, "right": 5, "bottom": 6}}</tool_call>'
+        '<tool_call>{"name": "crop", "arguments": {"image": 2, "left": 3, "top": 2, "right": 9, "bottom": 6}}</tool_call>'
+        '<tool_call>{"name": "crop", "arguments": {"image": 2, "left": 3, "top": 2, "right": "5"}}</tool_call>'
+    )
+    calls = HermesCalls(HermesCalls.Config()).parse(text)
+    good, outside, unfit = toolbox.run(calls, pictures=[Picture(Image.new("RGB", (1, 1))), Picture(pixels)])
+    (cut,) = good.result.pictures
+    assert (good.error, good.result.text) == (None, "Image 3 is 2 x 4 pixels.")
+    assert cut.image.getpixel((0, 0)) == (255, 0, 0) and (cut.source, cut.box_in_source()) == (1, (3, 2, 5, 6))
+    assert (outside.error, outside.result.text) == ("tool_error", "The rectangle must lie within 8 x 6 pixels.")
+    assert unfit.result.text == "crop: 'right' must be an integer, got '5'; 'bottom' is missing."
 
 
 def test_the_policy_saves_what_it_holds(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
