@@ -1,0 +1,155 @@
+"""A Python with everything imported that forks a confined process for each job; started by ``shell``, never by hand.
+
+Over its control socket a zygote says that it is ready and then receives jobs: limits as JSON, and one end of a stream. On that
+stream the trainer gets a handle (pidfd) of the new process, a byte that says that it is confined, and then an answer a request.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+from functools import partial
+from typing import Any, NoReturn
+
+from tools.python_sandbox_parts import confine, seccomp
+from tools.python_sandbox_parts.notebook import Notebook
+from tools.python_sandbox_parts.wire import WireError, pack_answer, read_request
+
+CHANNEL = 3  # where a job finds its stream
+CONFINED, REFUSED = b"c", b"r"
+JOB_NAMESPACES = confine.NEWNS | confine.NEWPID | confine.NEWIPC | confine.NEWUTS
+
+
+def main(settings: dict[str, Any]) -> NoReturn:
+    """settings: see ``shell.settings``."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the trainer decides when this ends
+    if settings["enter"]:
+        _enter_namespaces(settings)
+    else:
+        confine.die_with_parent()
+    control = socket.socket(fileno=settings["control"])
+    for module in settings["preload"]:
+        importlib.import_module(module)
+    sys.path.remove(settings["root"])  # what is needed of this project is imported
+    _prepare_drawing()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for jobs, so the kernel shall bury them
+    gc.collect()
+    gc.freeze()
+    control.send(b"ready")
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+        if not message:
+            os._exit(0)
+        (channel,) = descriptors
+        _start(settings, json.loads(message), channel)
+        os.close(channel)
+
+
+def _enter_namespaces(settings: dict[str, Any]) -> None:
+    """Go on as process 1 of new namespaces, which the kernel empties when it ends; the process outside waits for it."""
+    confine.enter_user_namespace()
+    confine.die_with_parent()  # only now: entering a user namespace would undo it
+    pid = os.fork()
+    if pid:
+        os.close(settings["control"])
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
+    confine.die_with_parent()
+    confine.mount_memory(settings["work"], 16)
+
+
+def _prepare_drawing() -> None:
+    """Let the first figure of a job cost no more than its second, and ``show`` methods wait for no window."""
+    if "matplotlib" not in sys.modules:
+        return
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    figure = pyplot.figure()
+    figure.add_subplot().set_title("warm")
+    figure.canvas.draw()
+    pyplot.close("all")
+    pyplot.show = lambda *arguments, **options: None  # open figures are given back at the end
+
+
+def _start(settings: dict[str, Any], job: dict[str, Any], channel: int) -> None:
+    """Fork the process of a job, with another in between where only a child can be in a new process namespace."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if settings["namespaces"]:
+                confine.unshare(JOB_NAMESPACES)
+                inner = os.fork()
+                if inner:
+                    _send_handle(channel, inner)
+                    os._exit(0)
+            else:
+                confine.die_with_parent()
+            _job(settings, job, channel)
+        except BaseException as error:
+            _complain(channel, error)
+        os._exit(1)
+    if not settings["namespaces"]:
+        _send_handle(channel, pid)
+
+
+def _send_handle(channel: int, pid: int) -> None:
+    try:
+        handle = os.pidfd_open(pid)
+        with socket.socket(fileno=os.dup(channel)) as stream:
+            socket.send_fds(stream, [b"h"], [handle])
+        os.close(handle)
+    except OSError:  # the trainer hung up, or the process has ended: the stream's end says so
+        return
+
+
+def _complain(channel: int, error: BaseException) -> None:
+    try:
+        os.write(channel, REFUSED + f"{type(error).__name__}: {error}".encode())
+    except OSError:
+        return
+
+
+def _job(settings: dict[str, Any], job: dict[str, Any], channel: int) -> NoReturn:
+    if channel != CHANNEL:
+        os.dup2(channel, CHANNEL, inheritable=False)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.closerange(CHANNEL + 1, os.sysconf("SC_OPEN_MAX"))
+    for number in (signal.SIGCHLD, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    _confine(settings, job)
+    os.write(CHANNEL, CONFINED)
+    notebook, read = Notebook(), partial(os.read, CHANNEL)
+    while True:
+        try:
+            request = read_request(read)
+        except WireError:  # the conversation is over
+            os._exit(0)
+        answer = memoryview(pack_answer(notebook.run(request)))
+        while answer:
+            answer = answer[os.write(CHANNEL, answer) :]
+
+
+def _confine(settings: dict[str, Any], job: dict[str, Any]) -> None:
+    """From here on this process can do little but compute. The order matters: each step takes what the next one no longer needs."""
+    work, disk = settings["work"], job["disk_mb"]
+    confine.limit(memory_bytes=job["memory_mb"] << 20, file_bytes=disk << 20, cpu_s=job["cpu_s"])
+    if settings["namespaces"]:
+        confine.keep_mounts_private()
+        confine.mount_memory(work, disk)
+        confine.mount_memory("/proc", 1, writable=False)
+        os.chdir(work)
+    else:
+        os.chdir("/" if settings["confined"] else work)
+    if not settings["confined"]:
+        return
+    if confine.landlock_version():
+        confine.landlock(settings["readable"], settings["listable"], settings["devices"], work if settings["namespaces"] else None)
+    elif not settings["namespaces"]:
+        raise OSError("Landlock is not in this kernel")
+    confine.drop_privileges()
+    seccomp.install(os.getpid())
