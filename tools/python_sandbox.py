@@ -78,6 +78,8 @@ class PythonSandbox:
         """Pixels of each of them; a larger one is left out, and the model is told so."""
         parallel: Annotated[int, Field(ge=1)] = 16
         """Calls that run at a time; others wait."""
+        warm: Annotated[int, Field(ge=0, le=16)] = 4
+        """Interpreters that wait, confined, for the next calls; it is they that make a call cost milliseconds."""
         keep_state: bool = False
         """Whether variables live on from call to call of a conversation."""
         packages: tuple[str, ...] = PACKAGES
@@ -147,7 +149,9 @@ class PythonSandbox:
         return ToolResult(text, pictures, answer.outcome != wire.FINISHED, metrics, {"isolation": self.level})
 
     def _start(self, cpu_s: int | None) -> Job:
-        return pool.start_job(self.level, self.config.packages, JobLimits(self.config.memory_mb, self.config.disk_mb, cpu_s))
+        config = self.config
+        limits = JobLimits(config.memory_mb, config.disk_mb, cpu_s)
+        return pool.start_job(self.level, config.packages, limits, config.warm)
 
     def _once(self, request: wire.Request) -> wire.Answer:
         job = self._start(math.ceil(request.timeout_s) + 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import io
 import linecache
+import mmap
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ from PIL import Image
 
 from tools.python_sandbox_parts.wire import FAILED, FINISHED, PICTURE_SIDE, TIMED_OUT, Answer, Limits, Pixels, Request
 
-_RESERVE = 8 << 20  # bytes let go of when the code has used up its memory, so that this can be said
+_RESERVE = 8 << 20  # bytes, never touched, that are let go of when the code has used up its memory, so that this can be said
 _SAVED = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
@@ -67,7 +68,7 @@ class Notebook:
         np.random.seed(request.seed)
         output = Output(4 * request.limits.characters)
         sys.stdout = sys.stderr = io.TextIOWrapper(output, "utf-8", "backslashreplace", write_through=True)
-        reserve = bytearray(_RESERVE)
+        reserve = mmap.mmap(-1, _RESERVE)
         outcome, tail, started = FINISHED, "", _modified()
         try:
             signal.signal(signal.SIGALRM, _time_is_up)
@@ -83,8 +84,10 @@ class Notebook:
         except OutOfTime as error:
             outcome, tail = TIMED_OUT, _lines(error, f"TimeoutError: the code ran longer than {request.timeout_s:g} s")
         except BaseException as error:
-            del reserve
+            reserve.close()
             outcome, tail = FAILED, _lines(error)
+        if _open_figures():  # of code that failed, too: the next call shall not show them
+            sys.modules["matplotlib.pyplot"].close("all")
         text = _text(output, [tail, *self._notes], request.limits.characters)
         return Answer(request.nonce, outcome, text, tuple(self._pictures))
 
@@ -122,12 +125,9 @@ class Notebook:
         return "" if value is None else repr(value)
 
     def _collect(self, before: Mapping[str, int]) -> None:
-        """Show the open figures and close them; where there is no picture at all, those that were saved."""
-        pyplot = sys.modules.get("matplotlib.pyplot")
-        if pyplot is not None:
-            for number in pyplot.get_fignums():
-                self.show(pyplot.figure(number))
-            pyplot.close("all")
+        """Show the open figures; where there is no picture at all, those that were saved."""
+        for figure in _open_figures():
+            self.show(figure)
         if not self._pictures:
             now = _modified()
             for name in sorted((name for name in now if now[name] != before.get(name)), key=lambda name: (now[name], name)):
@@ -152,10 +152,14 @@ def _is_figure(value: Any) -> bool:
     return figure is not None and isinstance(value, figure.Figure)
 
 
+def _open_figures() -> list[Any]:
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    return [] if pyplot is None else [pyplot.figure(number) for number in pyplot.get_fignums()]
+
+
 def _is_open(value: Any) -> bool:
     """Whether it is a figure that pyplot holds, which is shown at the end anyway."""
-    pyplot = sys.modules.get("matplotlib.pyplot")
-    return pyplot is not None and any(pyplot.figure(number) is value for number in pyplot.get_fignums())
+    return any(figure is value for figure in _open_figures())
 
 
 def _image(value: Any) -> Image.Image | None:

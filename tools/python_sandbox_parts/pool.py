@@ -22,6 +22,7 @@ from tools.python_sandbox_parts.shell import LEVELS, Level
 
 GRACE_S = 0.5  # from the moment the code is told that its time is up to the moment its process is killed
 _START_S, _JOB_S = 120.0, 20.0  # a zygote may import for so long, a job lock itself up
+_MOST_WAITING = 32  # processes of all kinds that wait for a call
 _ALWAYS = ("numpy", "pillow")
 
 
@@ -88,11 +89,45 @@ class Job:
             self._stream.close()
 
 
+@dataclass(frozen=True)
+class Order:
+    """A process that has been asked for, and what there is of its stream."""
+
+    limits: JobLimits
+    stream: socket.socket
+
+    def job(self) -> Job:
+        """Wait until it is confined. Raises SandboxError."""
+        try:
+            self.stream.settimeout(_JOB_S)
+            return Job(self.stream, self._handle())
+        except (OSError, SandboxError) as error:
+            self.stream.close()
+            raise SandboxError(f"no job could be started ({error})") from error
+
+    def _handle(self) -> int:
+        """The handle of a process that has confined itself; the two bytes that say so come in any order."""
+        handle, confined = None, False
+        while handle is None or not confined:
+            word, handles, _, _ = socket.recv_fds(self.stream, 1, 1, socket.MSG_CMSG_CLOEXEC)
+            if handles:
+                handle = handles[0]
+            elif word == b"c":
+                confined = True
+            else:
+                if handle is not None:
+                    os.close(handle)
+                raise SandboxError(self.stream.recv(1000).decode("utf-8", "replace") if word else "it ended at once")
+        return handle
+
+
 class Zygote:
     """A process with everything imported that forks jobs in milliseconds. Raises SandboxError if the level cannot be reached."""
 
     def __init__(self, level: Level, packages: tuple[str, ...]) -> None:
         self.level, self._owner = level, os.getpid()
+        self._orders: list[Order] = []
+        self._lock = threading.Lock()
         self._work = tempfile.mkdtemp(prefix="mmrl-python-")
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._stderr = tempfile.TemporaryFile()
@@ -132,46 +167,42 @@ class Zygote:
         lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
         return lines[-1] if lines else "it ended without a word"
 
-    def job(self, limits: JobLimits) -> Job:
-        """A new process, confined and waiting. Raises SandboxError."""
+    def job(self, limits: JobLimits, keep: int = 0) -> Job:
+        """A process that is confined and waits; from now on ``keep`` more of its kind wait for the next calls. Raises SandboxError."""
+        with self._lock:
+            waiting = next((order for order in self._orders if order.limits == limits), None)
+            if waiting is not None:
+                self._orders.remove(waiting)
+        order = waiting or self._order(limits)
+        with self._lock:
+            missing = keep - sum(order.limits == limits for order in self._orders)
+            self._orders += [self._order(limits) for _ in range(missing)]
+            surplus, self._orders = self._orders[:-_MOST_WAITING], self._orders[-_MOST_WAITING:]
+        for old in surplus:
+            old.stream.close()  # at the stream's end a job that has run nothing ends itself
+        return order.job()
+
+    def _order(self, limits: JobLimits) -> Order:
+        """Ask for a process and do not wait for it."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
                 socket.send_fds(self._control, [json.dumps(asdict(limits)).encode()], [theirs.fileno()])
-            ours.settimeout(_JOB_S)
-            return Job(ours, _handshake(ours))
         except OSError as error:
             ours.close()
-            raise SandboxError(f"no job could be started ({error})") from error
-        except SandboxError:
-            ours.close()
-            raise
+            raise SandboxError(f"the interpreter that forks jobs is gone ({error})") from error
+        return Order(limits, ours)
 
     def close(self) -> None:
         """End it and, with it, every job."""
         self._control.close()
+        for order in self._orders:
+            order.stream.close()
         if os.getpid() == self._owner:
             if self._process is not None:
                 with suppress(ProcessLookupError):
                     self._process.kill()
             shutil.rmtree(self._work, ignore_errors=True)
-
-
-def _handshake(stream: socket.socket) -> int:
-    """The handle of a job that has confined itself; its two bytes come in any order."""
-    handle, confined = None, False
-    while handle is None or not confined:
-        word, handles, _, _ = socket.recv_fds(stream, 1, 1, socket.MSG_CMSG_CLOEXEC)
-        if handles:
-            handle = handles[0]
-        elif word == b"c":
-            confined = True
-        else:
-            complaint = stream.recv(1000).decode("utf-8", "replace") if word else "it ended at once"
-            if handle is not None:
-                os.close(handle)
-            raise SandboxError(complaint)
-    return handle
 
 
 def _left(deadline: float) -> float:
@@ -214,17 +245,17 @@ def _tried(level: Level, packages: tuple[str, ...]) -> Zygote:
     return made
 
 
-def start_job(level: Level, packages: tuple[str, ...], limits: JobLimits) -> Job:
-    """A job of that level; a zygote that has died since is started again, once."""
+def start_job(level: Level, packages: tuple[str, ...], limits: JobLimits, keep: int) -> Job:
+    """See ``Zygote.job``; a zygote that has died since is started again, once."""
     first = zygote(level, packages)
     try:
-        return first.job(limits)
+        return first.job(limits, keep)
     except SandboxError:
         with _LOCK:
             if _ZYGOTES.get((level, packages)) is first:
                 del _ZYGOTES[level, packages]
         first.close()
-        return zygote(level, packages).job(limits)
+        return zygote(level, packages).job(limits, keep)
 
 
 def strongest(packages: tuple[str, ...], unsafe: bool) -> Level:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from tools.python_sandbox_parts import confine, seccomp
 from tools.python_sandbox_parts.notebook import Notebook
-from tools.python_sandbox_parts.wire import WireError, pack_answer, read_request
+from tools.python_sandbox_parts.wire import FAILED, FINISHED, Limits, Request, WireError, pack_answer, read_request
 
 CHANNEL = 3  # where a job finds its stream
 CONFINED, REFUSED = b"c", b"r"
@@ -36,7 +36,7 @@ def main(settings: dict[str, Any]) -> NoReturn:
     for module in settings["preload"]:
         importlib.import_module(module)
     sys.path.remove(settings["root"])  # what is needed of this project is imported
-    _prepare_drawing()
+    _warm_up()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for jobs, so the kernel shall bury them
     gc.collect()
     gc.freeze()
@@ -62,16 +62,19 @@ def _enter_namespaces(settings: dict[str, Any]) -> None:
     confine.mount_memory(settings["work"], 16)
 
 
-def _prepare_drawing() -> None:
-    """Let the first figure of a job cost no more than its second, and ``show`` methods wait for no window."""
-    if "matplotlib" not in sys.modules:
-        return
-    pyplot = importlib.import_module("matplotlib.pyplot")
-    figure = pyplot.figure()
-    figure.add_subplot().set_title("warm")
-    figure.canvas.draw()
-    pyplot.close("all")
-    pyplot.show = lambda *arguments, **options: None  # open figures are given back at the end
+def _warm_up() -> None:
+    """Run a cell, so that what Python, NumPy and matplotlib do at their first use is done before the forks."""
+    code = "import io, math, numpy as np\nfrom PIL import Image, ImageDraw\nnp.random.rand(3)\nshow(images[0].rotate(90))\n"
+    if "matplotlib" in sys.modules:
+        pyplot = importlib.import_module("matplotlib.pyplot")
+        pyplot.show = lambda *arguments, **options: None  # open figures are given back at the end
+        code += "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.title('warm')\n"
+    stdout, stderr = sys.stdout, sys.stderr
+    limits, picture = Limits(1000, 9, 1 << 22), (2, 2, bytes(12))
+    good, bad = (Notebook().run(Request(b"", cell, 60.0, 0, limits, (picture,))) for cell in (code, "1 / 0"))
+    sys.stdout, sys.stderr = stdout, stderr
+    if good.outcome != FINISHED or bad.outcome != FAILED:
+        raise RuntimeError(good.text)
 
 
 def _start(settings: dict[str, Any], job: dict[str, Any], channel: int) -> None:
