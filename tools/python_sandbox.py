@@ -35,7 +35,7 @@ from mmrl.errors import EnvironmentMissing
 from mmrl.messages import Picture, ToolContext, ToolError, ToolResult
 from tools.python_sandbox_parts import pool, wire
 from tools.python_sandbox_parts.pool import Job, JobLimits, JobLost
-from tools.python_sandbox_parts.shell import LEVELS, Level
+from tools.python_sandbox_parts.shell import Level
 
 TIMEOUT_S, MEMORY_MB = 5.0, 512
 PACKAGES = ("matplotlib",)
@@ -49,7 +49,6 @@ class Session:
 
     def __init__(self) -> None:
         self.job: Job | None = None
-        self.lost = False  # whether an interpreter with variables is gone, which the model has not been told yet
         self.lock = threading.Lock()
 
     def close(self) -> None:
@@ -58,7 +57,7 @@ class Session:
 
 
 class PythonSandbox:
-    """The tool ``python``: see the module. Raises EnvironmentMissing or MMRLError where the isolation asked for is out of reach."""
+    """The tool ``python``; see the module. Raises EnvironmentMissing or MMRLError where the isolation is out of reach."""
 
     @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
     class Config:
@@ -85,7 +84,7 @@ class PythonSandbox:
         packages: tuple[str, ...] = PACKAGES
         """Distributions that code can import beside NumPy and Pillow, with all that they need."""
         isolation: Level | None = None
-        """The level to insist on: bubblewrap, namespaces, landlock or none; without it, the strongest that this machine reaches."""
+        """The level to insist on: bubblewrap, namespaces, landlock or none. Without it, the strongest that this machine reaches."""
         unsafe: bool = False
         """Whether code may run without isolation where none can be had. It can then do whatever this user can."""
 
@@ -105,8 +104,8 @@ class PythonSandbox:
     def __call__(self, code: str, ctx: ToolContext) -> ToolResult:
         """Run Python code and see what it prints, the value of its last expression, and pictures.
 
-        NumPy, Pillow and matplotlib are installed. `images` is the list of all pictures so far, as PIL images: images[0] is image 1.
-        show(picture) gives a PIL image, a figure or an array back to you, and so does an open matplotlib figure.
+        NumPy, Pillow and matplotlib are installed. `images` is the list of all pictures so far, as PIL images: images[0] is
+        image 1. show(picture) gives a PIL image, a figure or an array back to you, and open matplotlib figures come back too.
 
         Args:
             code: The Python code.
@@ -179,7 +178,7 @@ def run_python(
     timeout_s: float = TIMEOUT_S,
     memory_mb: int = MEMORY_MB,
 ) -> ToolResult:
-    """Run ``code`` on ``images`` (the list ``images`` of PIL images in the code), at the strongest isolation that can be had here.
+    """Run ``code`` on ``images`` (in the code a list of PIL images), at the strongest isolation that can be had here.
 
     Returns what the code printed, the value of its last expression, and the pictures that it gave to ``show`` or left as open
     matplotlib figures; an error of the code is a result. Raises EnvironmentMissing where this machine cannot isolate code.
@@ -190,7 +189,7 @@ def run_python(
 def isolation_level() -> Level | None:
     """The strongest level that this machine reaches; None if it reaches none."""
     try:
-        return pool.strongest(PACKAGES, unsafe=False)
+        return pool.strongest((), unsafe=False)
     except EnvironmentMissing:
         return None
 

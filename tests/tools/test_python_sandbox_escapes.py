@@ -10,11 +10,8 @@ from __future__ import annotations
 import os
 import platform
 import re
-import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -24,7 +21,7 @@ import numpy as np
 import pytest
 
 from mmrl.errors import MMRLError
-from mmrl.messages import ToolContext, ToolResult
+from mmrl.messages import ToolResult
 from mmrl.registry import ROOT
 from tests.tools.sandbox_attacks import ATTACKS, PREFIX, Attack
 from tools.python_sandbox import PythonSandbox

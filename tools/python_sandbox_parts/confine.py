@@ -37,7 +37,7 @@ def unshare(flags: int) -> None:
 
 
 def enter_user_namespace() -> None:
-    """Every namespace anew, as root of a user namespace in which nobody else exists; processes started from now on are in them."""
+    """New namespaces of every kind, as root of a user namespace in which nobody else exists, for the processes started from now on."""
     user, group = os.geteuid(), os.getegid()
     unshare(NEWUSER | NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET)
     for name, line in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
@@ -75,7 +75,7 @@ def drop_privileges() -> None:
 
 
 def limit(*, memory_bytes: int, file_bytes: int, cpu_s: int | None, open_files: int = 64) -> None:
-    """memory_bytes: address space beyond what this process has now; cpu_s: processor time in all, None for as much as it likes."""
+    """memory_bytes: address space beyond what this process has now. cpu_s: processor time in all; None: as much as it likes."""
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     limits = {

@@ -92,7 +92,7 @@ class Notebook:
         return Answer(request.nonce, outcome, text, tuple(self._pictures))
 
     def show(self, picture: Any) -> None:
-        """Give a picture back: a PIL image, a matplotlib figure, or an array (height x width, or x 3 or 4; 0 to 255, or floats to 1)."""
+        """Give back a PIL image, a matplotlib figure, or an array (height x width, or x 3 or 4; 0 to 255, or floats to 1)."""
         image = _image(picture)
         if image is None:
             raise TypeError(f"show() takes a PIL image, a matplotlib figure or an array, not {type(picture).__name__}")
@@ -172,7 +172,8 @@ def _image(value: Any) -> Image.Image | None:
     if isinstance(value, np.ndarray):
         if value.dtype == bool or np.issubdtype(value.dtype, np.floating):
             value = np.nan_to_num(value).clip(0, 1) * 255
-        return Image.fromarray(np.asarray(value).clip(0, 255).astype(np.uint8).squeeze())
+        array = np.asarray(value).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
     return None
 
 

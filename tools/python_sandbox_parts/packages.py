@@ -22,11 +22,15 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 @dataclass(frozen=True)
 class Reading:
-    """readable: files and folders. site: the folders that packages lie in, for ``sys.path``. modules: what to import at the start."""
+    """python: the program. readable: files and folders. site: the folders that packages lie in, for ``sys.path``.
+
+    names: what can be imported from there. modules: what to import at the start.
+    """
 
     python: str
     readable: tuple[str, ...]
     site: tuple[str, ...]
+    names: tuple[str, ...]
     modules: tuple[str, ...]
 
 
@@ -45,7 +49,8 @@ def reading(wanted: Iterable[str]) -> Reading:
     own = [ROOT / "tools" / "__init__.py", Path(__file__).parent]
     python = Path(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
     readable = dict.fromkeys(str(path) for path in [*_python(python), *own, *paths] if path.exists())
-    return Reading(str(python), tuple(readable), tuple(site), tuple(dict.fromkeys(modules)))
+    names = dict.fromkeys(path.name.partition(".")[0] for path in paths)
+    return Reading(str(python), tuple(readable), tuple(site), tuple(names), tuple(dict.fromkeys(modules)))
 
 
 def _python(program: Path) -> list[Path]:

@@ -88,6 +88,8 @@ class Job:
             os.close(self._handle)
             self._stream.close()
 
+    __del__ = close  # of a conversation that nobody closed
+
 
 @dataclass(frozen=True)
 class Order:
@@ -130,13 +132,15 @@ class Zygote:
         self._lock = threading.Lock()
         self._work = tempfile.mkdtemp(prefix="mmrl-python-")
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         command, environment = shell.command(level, reading((*_ALWAYS, *packages)), theirs.fileno(), self._work)
         self._process: subprocess.Popen[bytes] | None = None
         started = threading.Event()
         # The kernel ends a zygote with the thread that started it, so that thread has to stay.
-        keeper = threading.Thread(target=self._keep, args=(command, environment, theirs, started), daemon=True, name="zygote")
-        keeper.start()
+        self._keeper = threading.Thread(
+            target=self._keep, args=(command, environment, theirs, started), daemon=True, name="zygote"
+        )
+        self._keeper.start()
         started.wait()
         theirs.close()
         self._control.settimeout(_START_S)
@@ -153,7 +157,12 @@ class Zygote:
     def _keep(self, command: list[str], environment: dict[str, str], theirs: socket.socket, started: threading.Event) -> None:
         try:
             self._process = subprocess.Popen(
-                command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=self._stderr, stderr=self._stderr
+                command,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._stderr,
+                stderr=self._stderr,
             )
         except OSError as error:
             self._stderr.write(f"{command[0]} does not start ({error.strerror})".encode())
@@ -168,7 +177,7 @@ class Zygote:
         return lines[-1] if lines else "it ended without a word"
 
     def job(self, limits: JobLimits, keep: int = 0) -> Job:
-        """A process that is confined and waits; from now on ``keep`` more of its kind wait for the next calls. Raises SandboxError."""
+        """A process that is confined and waits; ``keep`` more of its kind wait for the next calls. Raises SandboxError."""
         with self._lock:
             waiting = next((order for order in self._orders if order.limits == limits), None)
             if waiting is not None:
@@ -181,6 +190,10 @@ class Zygote:
         for old in surplus:
             old.stream.close()  # at the stream's end a job that has run nothing ends itself
         return order.job()
+
+    def alive(self) -> bool:
+        self._keeper.join(timeout=0.2)  # it ends with the process, or a moment later
+        return self._keeper.is_alive()
 
     def _order(self, limits: JobLimits) -> Order:
         """Ask for a process and do not wait for it."""
@@ -251,6 +264,8 @@ def start_job(level: Level, packages: tuple[str, ...], limits: JobLimits, keep: 
     try:
         return first.job(limits, keep)
     except SandboxError:
+        if first.alive():  # it only had no time, and others have their conversations there
+            raise
         with _LOCK:
             if _ZYGOTES.get((level, packages)) is first:
                 del _ZYGOTES[level, packages]
@@ -272,7 +287,9 @@ def require(level: Level, packages: tuple[str, ...]) -> None:
     try:
         zygote(level, packages)
     except SandboxError as error:
-        raise MMRLError(f"isolation '{level}' is out of reach here ({error}); use 'best', which takes the strongest there is") from error
+        raise MMRLError(
+            f"isolation '{level}' is out of reach here ({error}); use 'best', which takes the strongest there is"
+        ) from error
 
 
 def _forget() -> None:
@@ -288,8 +305,6 @@ def _close_all() -> None:
     for known in _ZYGOTES.values():
         known.close()
     _ZYGOTES.clear()
-
-
 
 
 os.register_at_fork(after_in_child=_forget)

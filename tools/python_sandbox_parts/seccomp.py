@@ -39,7 +39,15 @@ prctl 157 167        prlimit64 302 261
 """
 _ARCHITECTURES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}  # AUDIT_ARCH_*, column of TABLE
 # What may be asked of calls that can do many things: (number of the argument, its allowed values).
-_IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x802C542A)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIO(N)CLEX, TCGETS2
+_IOCTL = (
+    0x5401,
+    0x5413,
+    0x541B,
+    0x5421,
+    0x5450,
+    0x5451,
+    0x802C542A,
+)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIO(N)CLEX, TCGETS2
 _FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030)  # F_DUPFD to F_SETLKW, without F_SETOWN, which signals; F_DUPFD_CLOEXEC
 _PRCTL = (15, 16)  # PR_SET_NAME, PR_GET_NAME
 _THREAD = 0x00010000

@@ -17,7 +17,10 @@ MEANING: dict[Level, str] = {
     "landlock": "files hidden by Landlock and a filter of system calls; the code has no folder to write in",
     "none": "no isolation",
 }
-_BOOT = "import json, sys; s = json.loads(sys.argv[1]); sys.path += s['path']; import tools.python_sandbox_parts.zygote as z; z.main(s)"
+_BOOT = (
+    "import json, sys; settings = json.loads(sys.argv[1]); sys.path += settings['path']; "
+    "from tools.python_sandbox_parts.zygote import main; main(settings)"
+)
 
 
 def available(level: Level) -> bool:
@@ -42,6 +45,7 @@ def _settings(level: Level, reading: Reading, control: int, work: str) -> dict[s
         "control": control,
         "root": str(ROOT),
         "path": [str(ROOT), *reading.site],
+        "names": list(reading.names),
         "preload": list(reading.modules),
         "readable": list(reading.readable),
         "listable": list(reading.site),

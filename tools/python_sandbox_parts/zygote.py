@@ -25,6 +25,18 @@ CONFINED, REFUSED = b"c", b"r"
 JOB_NAMESPACES = confine.NEWNS | confine.NEWPID | confine.NEWIPC | confine.NEWUTS
 
 
+class Absent:
+    """Lets packages that must not be read look as if they were not installed, where their files can be seen."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        seen = {name.partition(".")[0] for folder in settings["listable"] for name in os.listdir(folder)}
+        self._names = seen - set(settings["names"])
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name in self._names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 def main(settings: dict[str, Any]) -> NoReturn:
     """settings: see ``shell.settings``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the trainer decides when this ends
@@ -36,6 +48,7 @@ def main(settings: dict[str, Any]) -> NoReturn:
     for module in settings["preload"]:
         importlib.import_module(module)
     sys.path.remove(settings["root"])  # what is needed of this project is imported
+    sys.meta_path.insert(0, Absent(settings))
     _warm_up()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for jobs, so the kernel shall bury them
     gc.collect()
@@ -138,7 +151,7 @@ def _job(settings: dict[str, Any], job: dict[str, Any], channel: int) -> NoRetur
 
 
 def _confine(settings: dict[str, Any], job: dict[str, Any]) -> None:
-    """From here on this process can do little but compute. The order matters: each step takes what the next one no longer needs."""
+    """From here on this process can do little but compute. The order matters: a step takes what the next no longer needs."""
     work, disk = settings["work"], job["disk_mb"]
     confine.limit(memory_bytes=job["memory_mb"] << 20, file_bytes=disk << 20, cpu_s=job["cpu_s"])
     if settings["namespaces"]:
@@ -151,7 +164,9 @@ def _confine(settings: dict[str, Any], job: dict[str, Any]) -> None:
     if not settings["confined"]:
         return
     if confine.landlock_version():
-        confine.landlock(settings["readable"], settings["listable"], settings["devices"], work if settings["namespaces"] else None)
+        confine.landlock(
+            settings["readable"], settings["listable"], settings["devices"], work if settings["namespaces"] else None
+        )
     elif not settings["namespaces"]:
         raise OSError("Landlock is not in this kernel")
     confine.drop_privileges()
