@@ -84,7 +84,7 @@ class PythonSandbox:
         packages: tuple[str, ...] = PACKAGES
         """Distributions that code can import beside NumPy and Pillow, with all that they need."""
         isolation: Level | None = None
-        """The level to insist on: bubblewrap, namespaces, landlock or none. Without it, the strongest that this machine reaches."""
+        """The level to insist on: bubblewrap, namespaces, landlock or none; otherwise the strongest that can be had."""
         unsafe: bool = False
         """Whether code may run without isolation where none can be had. It can then do whatever this user can."""
 

@@ -1,7 +1,7 @@
 """Attacks on the Python tool as data; ``test_python_sandbox_escapes`` runs them. PREFIX stands before the code of each.
 
-Before PREFIX stand the names SECRET (a file), TRAINER and VICTIM (processes), PORT (of a server), ABSTRACT and SOCKET (unix sockets),
-PROJECT (a folder) and NUMPY (a file of a package).
+Before PREFIX stand the names SECRET (a file), TRAINER and VICTIM (processes), PORT (of a server), ABSTRACT and SOCKET (unix
+sockets), PROJECT (a folder) and NUMPY (a file of a package).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def png(side, chunks):
 
 @dataclass(frozen=True)
 class Attack:
-    """expect: what the result says instead (a regular expression). control: whether it succeeds without isolation, and harms nobody.
+    """expect: what the result says instead, as a regular expression. control: it succeeds without isolation, and harms nobody.
 
     timeout_s, memory_mb: of the call. x86: whether it names system calls by their numbers on x86_64.
     """

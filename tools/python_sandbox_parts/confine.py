@@ -37,7 +37,7 @@ def unshare(flags: int) -> None:
 
 
 def enter_user_namespace() -> None:
-    """New namespaces of every kind, as root of a user namespace in which nobody else exists, for the processes started from now on."""
+    """New namespaces of every kind, as the only user of one of them; the process namespace is that of the next child."""
     user, group = os.geteuid(), os.getegid()
     unshare(NEWUSER | NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET)
     for name, line in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
