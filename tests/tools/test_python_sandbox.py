@@ -343,6 +343,28 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
+def test_the_process_of_a_call_ends_with_it(level: Level) -> None:
+    tool = sandbox(level)
+    assert tool.run("1").text == "1"
+    zygote = pool.zygote(level, python_sandbox.PACKAGES)
+    assert zygote._process is not None
+    code = "import threading, time\nthreading.Thread(target=lambda: [time.sleep(0.01) for _ in iter(int, 1)]).start()"
+    before = wait_for_number(zygote._process.pid, len(zygote._orders))
+    assert not tool.run(code).error
+    assert wait_for_number(zygote._process.pid, len(zygote._orders)) == before
+
+
+def wait_for_number(pid: int, waiting: int) -> int:
+    """How many processes there are under ``pid`` once nothing changes any more; at least ``waiting``."""
+    last, since = -1, time.monotonic()
+    while time.monotonic() - since < 0.3:
+        number = len(descendants(pid))
+        if number != last or number < waiting:
+            last, since = number, time.monotonic()
+        time.sleep(0.03)
+    return last
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, None], ids=["killed", "terminated", "ends"])
 def test_no_process_outlives_the_trainer(how: signal.Signals | None, level: Level) -> None:
     program = f"""

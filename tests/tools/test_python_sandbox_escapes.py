@@ -23,8 +23,9 @@ import pytest
 from mmrl.errors import MMRLError
 from mmrl.messages import ToolResult
 from mmrl.registry import ROOT
-from tests.tools.sandbox_attacks import ATTACKS, PREFIX, Attack
-from tools.python_sandbox import PythonSandbox
+from tests.tools.sandbox_attacks import ATTACKS, FILES, PREFIX, Attack
+from tools.python_sandbox import PACKAGES, PythonSandbox
+from tools.python_sandbox_parts import pool, shell
 from tools.python_sandbox_parts.shell import LEVELS, Level
 
 WALLS = LEVELS[:-1]
@@ -32,10 +33,9 @@ SECRET = "the trainer's own"
 
 
 @cache
-def sandbox(level: Level, memory_mb: int = 256) -> PythonSandbox:
-    config = PythonSandbox.Config(
-        isolation=level, unsafe=level == "none", memory_mb=memory_mb, disk_mb=16, warm=1, output_characters=2000
-    )
+def sandbox(level: Level, memory_mb: int = 256, packages: tuple[str, ...] = PACKAGES) -> PythonSandbox:
+    limits = {"memory_mb": memory_mb, "disk_mb": 16, "output_characters": 2000}
+    config = PythonSandbox.Config(isolation=level, unsafe=level == "none", warm=1, packages=packages, **limits)
     return PythonSandbox(config)
 
 
@@ -66,9 +66,9 @@ class World:
         }
         self.package = Path(np.__file__).read_bytes()
 
-    def attack(self, attack: Attack, level: Level) -> ToolResult:
+    def attack(self, attack: Attack, level: Level, packages: tuple[str, ...] = PACKAGES) -> ToolResult:
         names = "\n".join(f"{name} = {value!r}" for name, value in self.names.items())
-        return sandbox(level, attack.memory_mb).run(f"{names}\n{PREFIX}\n{attack.code}", timeout_s=attack.timeout_s)
+        return sandbox(level, attack.memory_mb, packages).run(f"{names}\n{PREFIX}\n{attack.code}", timeout_s=attack.timeout_s)
 
     def connections(self) -> int:
         """How many came in since the last time."""
@@ -142,6 +142,33 @@ def test_without_isolation_the_attack_succeeds(name: str, world: World) -> None:
     fits(ATTACKS[name])
     assert "ESCAPED" in world.attack(ATTACKS[name], "none").text
     world.connections()
+
+
+@pytest.fixture(scope="module")
+def kernel_without_landlock() -> Iterator[None]:
+    """Interpreters that are started now find no Landlock."""
+    with pytest.MonkeyPatch.context() as patch:
+        hide = "from tools.python_sandbox_parts import confine; confine.landlock_version = lambda: 0; "
+        patch.setattr(shell, "_BOOT", shell._BOOT.replace("from tools", hide + "from tools"))
+        yield
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bubblewrap_hides_files_by_itself(
+    name: str, world: World, require: Callable[[str], None], kernel_without_landlock: None
+) -> None:
+    require("bubblewrap")
+    fits(FILES[name])
+    result = world.attack(FILES[name], "bubblewrap", packages=("matplotlib", "numpy"))  # interpreters of their own
+    assert "ESCAPED" not in result.text
+    assert re.search(FILES[name].expect, result.text), result.text
+    world.assert_unharmed()
+
+
+@pytest.mark.parametrize("level", ["namespaces", "landlock"])
+def test_without_landlock_only_bubblewrap_is_a_wall(level: Level, kernel_without_landlock: None) -> None:
+    with pytest.raises(MMRLError, match="Landlock is not in this kernel"):
+        pool.require(level, ("matplotlib", "numpy"))
 
 
 def test_there_are_enough_attacks() -> None:

@@ -288,7 +288,7 @@ def require(level: Level, packages: tuple[str, ...]) -> None:
         zygote(level, packages)
     except SandboxError as error:
         raise MMRLError(
-            f"isolation '{level}' is out of reach here ({error}); use 'best', which takes the strongest there is"
+            f"isolation '{level}' is out of reach here ({error}); without the field the strongest is taken"
         ) from error
 
 

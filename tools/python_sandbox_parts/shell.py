@@ -40,7 +40,10 @@ def command(level: Level, reading: Reading, control: int, work: str) -> tuple[li
 
 
 def _settings(level: Level, reading: Reading, control: int, work: str) -> dict[str, Any]:
-    """What ``zygote.main`` is given. enter: make namespaces first. namespaces: one set more for each job."""
+    """What ``zygote.main`` is given. enter: make namespaces first. namespaces: one set more for each job.
+
+    own_files: the file system holds nothing but what may be read, so that Landlock need not be there.
+    """
     return {
         "control": control,
         "root": str(ROOT),
@@ -53,6 +56,7 @@ def _settings(level: Level, reading: Reading, control: int, work: str) -> dict[s
         "work": work,
         "enter": level == "namespaces",
         "namespaces": level in ("bubblewrap", "namespaces"),
+        "own_files": level == "bubblewrap",
         "confined": level != "none",
     }
 

@@ -137,7 +137,11 @@ def _job(settings: dict[str, Any], job: dict[str, Any], channel: int) -> NoRetur
     os.closerange(CHANNEL + 1, os.sysconf("SC_OPEN_MAX"))
     for number in (signal.SIGCHLD, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    _confine(settings, job)
+    try:
+        _confine(settings, job)
+    except Exception as error:
+        _complain(CHANNEL, error)
+        os._exit(1)
     os.write(CHANNEL, CONFINED)
     notebook, read = Notebook(), partial(os.read, CHANNEL)
     while True:
@@ -167,7 +171,7 @@ def _confine(settings: dict[str, Any], job: dict[str, Any]) -> None:
         confine.landlock(
             settings["readable"], settings["listable"], settings["devices"], work if settings["namespaces"] else None
         )
-    elif not settings["namespaces"]:
+    elif not settings["own_files"]:
         raise OSError("Landlock is not in this kernel")
     confine.drop_privileges()
     seccomp.install(os.getpid())
