@@ -9,10 +9,10 @@ _USE = "tests/tools/test_python_sandbox.py::test_"
 SANDBOX = (
     ("sandbox: no filter of system calls", _ZYGOTE, "    seccomp.install(os.getpid())\n", "",
      f"{_ATTACK}[fork-landlock]"),
-    ("sandbox: no Landlock", _ZYGOTE, "if confine.landlock_version():", "if False:",
+    ("sandbox: Landlock shows everything", _CONFINE, "for path in readable:", 'for path in ["/"]:',
      f"{_ATTACK}[shadow-namespaces]"),
-    ("sandbox: the filter lets signals out", _SECCOMP, '        "kill": _one_of(0, (pid,)),\n', "",
-     f"{_ATTACK}[kill-landlock]"),
+    ("sandbox: the filter lets all of prctl through", _SECCOMP, '        "prctl": _one_of(0, _PRCTL),\n', "",
+     f"{_ATTACK}[dumpable-landlock]"),
     ("sandbox: an old answer is believed", _WIRE, "if got != nonce or outcome", "if outcome",
      f"{_USE}an_answer_prepared_for_the_next_call_is_refused"),
     ("sandbox: sizes of pictures are believed", _WIRE, "_read_pixels(read, limits.pixels)", "_read_pixels(read)",

@@ -121,7 +121,7 @@ PROCESSES = {
     "memory of the trainer": Attack("attempt(open, f'/proc/{TRAINER}/mem', 'r+b')", control=True),
     "list of processes": Attack("attempt(lambda: print(os.listdir('/proc')[0]))", "held.*|IndexError", control=True),
     "descriptors of the parent": Attack("attempt(os.listdir, f'/proc/{os.getppid()}/fd')", control=True),
-    "kill": Attack("attempt(os.kill, TRAINER, 0)", "held.*(EPERM|ESRCH)", control=True),
+    "signal to the trainer": Attack("attempt(os.kill, TRAINER, 0)", "held.*(EPERM|ESRCH)", control=True),
     "killing a process": Attack("attempt(os.kill, VICTIM, signal.SIGKILL)", "held.*(EPERM|ESRCH)"),
     "killing everybody": Attack("attempt(os.kill, -1, signal.SIGKILL)", "held.*EPERM"),
     "killing the parent": Attack("attempt(os.kill, os.getppid() or -1, signal.SIGKILL)", f"held.*EPERM|{ENDED}"),
@@ -136,7 +136,7 @@ PROCESSES = {
     "signal by a timer": denied("222, 0, 0, 0"),
     "signal of the parent's death": Attack("escaped(libc.prctl(1, 9, 0, 0, 0) == 0)", "held", control=True),
     "outliving the parent": Attack("escaped(libc.prctl(1, 0, 0, 0, 0) == 0)", "held", control=True),
-    "dumpable again": Attack("escaped(libc.prctl(4, 1, 0, 0, 0) == 0)", "held", control=True),
+    "dumpable": Attack("escaped(libc.prctl(4, 1, 0, 0, 0) == 0)", "held", control=True),
     "ptrace": Attack("call(101, 16, VICTIM, 0, 0)", "held EPERM", x86=True),
     "asking to be traced": denied("101, 0, 0, 0, 0"),
     "reading another's memory": Attack(

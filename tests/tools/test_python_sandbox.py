@@ -35,6 +35,7 @@ def level(request: pytest.FixtureRequest, require: Callable[[str], None], instal
     installed("matplotlib")
     if request.param == "bubblewrap":
         require("bubblewrap")
+        pool.require(request.param, python_sandbox.PACKAGES)
     try:
         pool.require(request.param, python_sandbox.PACKAGES)
     except MMRLError as error:

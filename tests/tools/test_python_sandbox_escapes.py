@@ -110,6 +110,7 @@ def reach(require: Callable[[str], None]) -> Callable[[Level], None]:
     def need(level: Level) -> None:
         if level == "bubblewrap":
             require("bubblewrap")
+            sandbox(level)
         try:
             sandbox(level)
         except MMRLError as error:

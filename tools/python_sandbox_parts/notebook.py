@@ -67,7 +67,8 @@ class Notebook:
         random.seed(request.seed)
         np.random.seed(request.seed)
         output = Output(4 * request.limits.characters)
-        sys.stdout = sys.stderr = io.TextIOWrapper(output, "utf-8", "backslashreplace", write_through=True)
+        stream: Any = output  # all that a TextIOWrapper asks of it
+        sys.stdout = sys.stderr = io.TextIOWrapper(stream, "utf-8", "backslashreplace", write_through=True)
         reserve = mmap.mmap(-1, _RESERVE)
         outcome, tail, started = FINISHED, "", _modified()
         try:

@@ -79,7 +79,7 @@ def _warm_up() -> None:
     """Run a cell, so that what Python, NumPy and matplotlib do at their first use is done before the forks."""
     code = "import io, math, numpy as np\nfrom PIL import Image, ImageDraw\nnp.random.rand(3)\nshow(images[0].rotate(90))\n"
     if "matplotlib" in sys.modules:
-        pyplot = importlib.import_module("matplotlib.pyplot")
+        pyplot: Any = importlib.import_module("matplotlib.pyplot")
         pyplot.show = lambda *arguments, **options: None  # open figures are given back at the end
         code += "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.title('warm')\n"
     stdout, stderr = sys.stdout, sys.stderr
