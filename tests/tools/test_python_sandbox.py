@@ -306,6 +306,19 @@ def test_an_interpreter_waits_for_the_next_call(level: Level) -> None:
     zygote.close()
 
 
+def test_folders_of_trainers_that_were_killed_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool.tempfile, "gettempdir", lambda: str(tmp_path))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = [f"mmrl-python-{ended.pid}-old", f"mmrl-python-{ended.pid}-new", f"mmrl-python-{os.getpid()}-old", "mmrl-python-x"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        if not name.endswith("new"):
+            os.utime(tmp_path / name, (0, 0))
+    pool._sweep()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+
+
 def test_a_dead_zygote_is_replaced(level: Level) -> None:
     tool = sandbox(level)
     assert tool.run("1").text == "1"

@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from mmrl.errors import EnvironmentMissing, MMRLError
 from tools.python_sandbox_parts import shell, wire
@@ -23,6 +24,8 @@ from tools.python_sandbox_parts.shell import LEVELS, Level
 GRACE_S = 0.5  # from the moment the code is told that its time is up to the moment its process is killed
 _START_S, _JOB_S = 120.0, 20.0  # a zygote may import for so long, a job lock itself up
 _MOST_WAITING = 32  # processes of all kinds that wait for a call
+_FOLDER = "mmrl-python-"  # of a zygote, in the folder for temporary files
+_STALE_S = 24 * 3600.0  # a zygote outlives no trainer; its empty folder does, if the trainer was killed
 _ALWAYS = ("numpy", "pillow")
 
 
@@ -130,7 +133,8 @@ class Zygote:
         self.level, self._owner = level, os.getpid()
         self._orders: list[Order] = []
         self._lock = threading.Lock()
-        self._work = tempfile.mkdtemp(prefix="mmrl-python-")
+        _sweep()
+        self._work = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-")
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         command, environment = shell.command(level, reading((*_ALWAYS, *packages)), theirs.fileno(), self._work)
@@ -216,6 +220,15 @@ class Zygote:
                 with suppress(ProcessLookupError):
                     self._process.kill()
             shutil.rmtree(self._work, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """Remove folders that trainers which were killed have left."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        with suppress(OSError, ValueError):
+            owner = int(folder.name.removeprefix(_FOLDER).partition("-")[0])
+            if not Path(f"/proc/{owner}").exists() and time.time() - folder.stat().st_mtime > _STALE_S:
+                shutil.rmtree(folder)
 
 
 def _left(deadline: float) -> float:
