@@ -69,6 +69,8 @@ system-packages:
 	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name >/dev/null && exit; done; \
 	    { echo "Installing chromium, in which a test opens the report."; $(APT) apt chromium; } || \
 	    echo "chromium is not installed and there are no rights to install it; the tests that need it are skipped."
+	@command -v bwrap >/dev/null || { echo "Installing bubblewrap, in which the Python tool runs."; $(APT) apt bubblewrap; } || \
+	    echo "bubblewrap is not installed and there are no rights to install it; the tests that need it are skipped."
 	@$(BIN)/python -m mmrl.probes vulkan | grep -q '"ok": true' && $(BIN)/python -m mmrl.probes egl | grep -q '"ok": true' || \
 	    ( [ "$$CI" = true ] || exit 1; echo "Installing Mesa, with which simulators render."; $(APT) \
 	    if grep -q bookworm /etc/os-release; then \

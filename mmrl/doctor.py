@@ -29,7 +29,7 @@ _CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 
 @dataclass(frozen=True)
 class Capability:
-    """One thing this machine can or cannot do. remedy: the command that mends it, empty where it works."""
+    """One thing this machine can or cannot do. remedy: the command that mends it, or makes it better; empty where all is well."""
 
     name: str
     ok: bool
@@ -100,6 +100,14 @@ def _bubblewrap() -> Capability:
     return Capability("bubblewrap", ok, "runs a program without network" if ok else detail, "" if ok else remedy)
 
 
+def _python_sandbox() -> Capability:
+    """Which isolation the Python tool reaches; whatever lies below bubblewrap can be bettered."""
+    ok, detail = _ask("tools.python_sandbox_parts.probe")
+    missing = re.search("install it with `(.+)`", detail)
+    remedy = missing[1] if missing else "apt-get install bubblewrap"
+    return Capability("Python tool", ok, detail, "" if ok and detail.startswith("bubblewrap") else remedy)
+
+
 def _chromium() -> Capability:
     program = chromium_path()
     if program is None:
@@ -167,6 +175,7 @@ CHECKS: Mapping[str, Callable[[], Capability]] = {
     "vllm": functools.partial(_package, "vLLM", "vllm", "pip install vllm"),
     "ray": functools.partial(_package, "Ray", "ray", "pip install ray"),
     "bubblewrap": _bubblewrap,
+    "python_sandbox": _python_sandbox,
     "chromium": _chromium,
     "pyarrow": functools.partial(_package, "pyarrow", "pyarrow", "pip install 'mmrl-framework[lerobot]'"),
     "av": functools.partial(_package, "PyAV", "av", "pip install 'mmrl-framework[lerobot]'"),

@@ -125,3 +125,30 @@ def test_the_probe_of_a_module_gives_its_version() -> None:
 
 def test_every_check_is_a_table_entry_without_arguments() -> None:
     assert all(isinstance(check, functools.partial) or check.__code__.co_argcount == 0 for check in doctor.CHECKS.values())
+
+
+@pytest.mark.parametrize(
+    ("answer", "ok", "remedy"),
+    [
+        ((True, "bubblewrap: own file system; 2.0 ms a call"), True, ""),
+        ((True, "files hidden by Landlock; 2.0 ms a call"), True, "apt-get install bubblewrap"),
+        (
+            (False, "matplotlib is not available on this machine; install it with `pip install matplotlib`"),
+            False,
+            "pip install matplotlib",
+        ),
+        ((False, "ended without an answer"), False, "apt-get install bubblewrap"),
+    ],
+)
+def test_the_python_tool_says_how_its_isolation_gets_better(
+    answer: tuple[bool, str], ok: bool, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_ask", lambda module: answer)
+    capability = doctor.check("python_sandbox")
+    assert (capability.ok, capability.detail, capability.remedy) == (ok, answer[1], remedy)
+
+
+def test_the_python_tool_is_tried(require: Callable[[str], None]) -> None:
+    require("bubblewrap")
+    require("python_sandbox")
+    assert doctor.check("python_sandbox").detail.startswith("bubblewrap: own file system")
