@@ -78,6 +78,8 @@ class WebSearch:
             parts = urlsplit(self.url)
             if parts.scheme not in ("http", "https") or not parts.netloc:
                 raise ValueError(f"url '{self.url}' must begin with http:// or https:// and a host")
+            if parts.query or parts.username is not None:
+                raise ValueError("url must hold no query and no user name; put what is sent into fields, and a key into key_env's variable")
             if self.query_field in self.fields:
                 raise ValueError(f"fields holds '{self.query_field}', which is the query_field; leave it out of fields")
             return self
@@ -134,6 +136,9 @@ class WebSearch:
             status, body, pause = self._once(query, deadline)
             if status == 200:
                 return _decoded(body), attempt + 1
+            if status in (401, 403):
+                where = f"the key in {self.config.key_env}" if self.config.key_env else "a search without a key; set key_env"
+                raise ConfigError(f"{_host(self.config)} refuses {where} (status {status})")
             if status not in (*_AGAIN, 0):
                 raise ToolError(f"The search engine refuses the search with status {status}.")
             pause = min(max(pause, self.config.backoff_s * 2**attempt), _LONGEST_PAUSE)
@@ -155,9 +160,9 @@ class WebSearch:
                 config.method, config.url, headers=headers, timeout=left, redirect=False, preload_content=False, **sent
             )
             try:
-                body = response.read(_MAX_BYTES + 1, decode_content=True)
+                body = _read(response, deadline)
             finally:
-                response.release_conn()
+                response.close()
         except urllib3.exceptions.HTTPError:
             return 0, b"", 0.0
         wait = response.headers.get("Retry-After", "")
@@ -212,6 +217,16 @@ class _Pace:
                 raise ToolError("Too many searches are waiting; try again later.")
             self._next = turn + self._gap
         time.sleep(turn - now)
+
+
+def _read(response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
+    """The content, or as much of it as shows that it is too large; TimeoutError of urllib3 at the deadline."""
+    body = bytearray()
+    while len(body) <= _MAX_BYTES and (chunk := response.read1(1 << 16, decode_content=True)):
+        body += chunk
+        if time.monotonic() >= deadline:
+            raise urllib3.exceptions.TimeoutError
+    return bytes(body)
 
 
 def _key(config: WebSearch.Config) -> str | None:
