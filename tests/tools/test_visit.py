@@ -230,7 +230,7 @@ def test_a_redirect_to_a_host_that_is_not_allowed_is_refused(server: Server, tmp
     assert re.search(r"The host (other\.test|127\.0\.0\.1:1) is not one that may be visited", refusal(visitor(server, tmp_path), server.url("/a")))
 
 
-@pytest.mark.parametrize("to", ["file:///etc/passwd", "ftp://x/", "gopher://x/", "javascript:alert(1)", "http:///x"])
+@pytest.mark.parametrize("to", ["file:///etc/passwd", "ftp://x/", "gopher://x/", "javascript:alert(1)"])
 def test_a_redirect_to_another_scheme_is_refused(server: Server, tmp_path: Path, to: str) -> None:
     server.answers["/a"] = redirect(to)
     assert "must begin with http" in refusal(visitor(server, tmp_path), server.url("/a"))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -23,6 +24,8 @@ from mmrl.messages import ToolError
 
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
+_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")  # a name or IPv4 address, or an IPv6 address, once it is ASCII
+_QUERY = "/%:@!$&'()*+,;=~-._?[]"  # signs that stay as they are in a query
 _CHUNK = 1 << 16
 
 
@@ -93,6 +96,8 @@ def check(url: str, hosts: Sequence[str]) -> Target:
         host = host if ":" in host else host.encode("idna").decode("ascii")
     except ValueError as error:
         raise ToolError(f"The address {url[:200]} cannot be read.") from error
+    if host and not _HOST.fullmatch(host):
+        raise ToolError(f"The address {url[:200]} cannot be read.")
     if parts.scheme not in _PORTS or not host:
         raise ToolError("The address must begin with http:// or https:// and a host.")
     if parts.username is not None or parts.password is not None:
@@ -104,9 +109,6 @@ def check(url: str, hosts: Sequence[str]) -> Target:
     place = f"[{host}]" if ":" in host else host
     place += "" if port == _PORTS[parts.scheme] else f":{port}"
     return Target(f"{parts.scheme}://{place}{path}", parts.scheme, host, port, path)
-
-
-_QUERY = "/%:@!$&'()*+,;=~-._?[]"
 
 
 def _matches(host: str, port: int, pattern: str) -> bool:
@@ -182,8 +184,9 @@ class _Connection(http.client.HTTPConnection):
         if self._target.scheme == "https":
             self.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=self._target.host)
 
-    def close(self) -> None:
-        super().close()
+    def end(self) -> None:
+        """Unlike ``close``, which http.client calls while the content is still being read."""
+        self.close()
         if self._timer is not None:
             self._timer.cancel()
             self._timer.twin.close()  # type: ignore[attr-defined]
@@ -206,10 +209,14 @@ def _shut(twin: socket.socket) -> None:
 def _request(target: Target, limits: Limits, deadline: float) -> str | tuple[str, str | None, bytes]:
     """Where the answer redirects to, or its media type, charset and content. Raises ToolError."""
     found = addresses(target.host, target.port, limits.allow_private, deadline)
-    with _sentences(target, deadline), _closing(_Connection(target, found, deadline)) as connection:
+    with _sentences(target, deadline), ExitStack() as stack:
+        connection = _Connection(target, found, deadline)
+        stack.callback(connection.end)
         headers = {"User-Agent": limits.user_agent, "Accept": ", ".join(limits.types), "Accept-Encoding": "gzip", "Connection": "close"}
         connection.request("GET", target.path, headers=headers)
-        response = connection.getresponse()
+        response = stack.enter_context(closing(connection.getresponse()))
+        if time.monotonic() >= deadline:
+            raise TimeoutError  # a header that was cut short looks like a whole one
         if response.status in _REDIRECTS:
             return response.headers.get("Location") or ""
         if response.status != 200:
@@ -245,14 +252,6 @@ def _read(response: http.client.HTTPResponse, target: Target, limits: Limits) ->
 
 def _too_large(target: Target, limits: Limits) -> str:
     return f"The page {target.url} is larger than {limits.max_bytes / 1e6:g} MB, which is too large to be read."
-
-
-@contextmanager
-def _closing(connection: _Connection) -> Iterator[_Connection]:
-    try:
-        yield connection
-    finally:
-        connection.close()
 
 
 @contextmanager

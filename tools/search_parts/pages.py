@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import re
+from contextlib import suppress
 
 import trafilatura
 from trafilatura.utils import load_html
 
 _META = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([\w.:-]{1,40})""", re.IGNORECASE)
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_MEANT = {"iso8859-1": "cp1252", "ascii": "cp1252"}  # what pages mean that say so (WHATWG, Encoding Standard)
 _HEAD = 4096  # bytes in which a page must name its charset
 
 
@@ -17,23 +19,12 @@ def decode(body: bytes, charset: str | None) -> str:
     """Text by byte order mark, by ``charset`` (of the header), by the page's own <meta>, as UTF-8, else as Windows-1252."""
     mark = next((name for start, name in _BOMS.items() if body.startswith(start)), None)
     meta = _META.search(body[:_HEAD])
-    for name in (mark, charset, meta[1].decode("ascii", "replace") if meta else None):
-        if name is not None and (known := _codec(name)) is not None:
-            return body.decode(known, "replace")
-    try:
-        return body.decode("utf-8")
-    except UnicodeDecodeError:
-        return body.decode("cp1252", "replace")
-
-
-def _codec(name: str) -> str | None:
-    """Python's codec for a charset's name; pages that say Latin-1 mean Windows-1252 (WHATWG, Encoding Standard)."""
-    try:
-        b"".decode(name)  # refuses what is no encoding of text, such as hex
-    except (LookupError, ValueError):
-        return None
-    known = codecs.lookup(name).name
-    return "cp1252" if known in ("iso8859-1", "ascii") else known
+    said = [name for name in (mark, charset, meta[1].decode("ascii", "replace") if meta else None) if name is not None]
+    for name, errors in (*((name, "replace") for name in said), ("utf-8", "strict")):
+        with suppress(LookupError, ValueError):  # unknown, no encoding of text, or not what the bytes are
+            known = codecs.lookup(name).name
+            return body.decode(_MEANT.get(known, known), errors)
+    return body.decode("cp1252", "replace")
 
 
 def readable(html: str, url: str, links: bool) -> tuple[str, str]:
