@@ -73,7 +73,10 @@ class _Index:
     def _build(self, folder: Path) -> None:
         entries = self._gallery.entries
         batches = [entries[at : at + _BATCH] for at in range(0, len(entries), _BATCH)]
-        vectors = [self._features.pictures([entry.open() for entry in batch]) for batch in shown(batches, "Reading pictures", len(batches))]
+        vectors = [
+            self._features.pictures([entry.open() for entry in batch])
+            for batch in shown(batches, "Reading pictures", len(batches))
+        ]
         np.save(folder / "vectors.npy", np.concatenate(vectors))
 
 

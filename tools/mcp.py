@@ -116,11 +116,15 @@ class McpTools:
         known, only = [tool.name for tool in listed], self.config.only
         for name in only or ():
             if name not in known:
-                raise ConfigError(f"the MCP server {_place(self.config)} has no tool '{name}' (mcp only); it has {', '.join(known)}")
+                raise ConfigError(
+                    f"the MCP server {_place(self.config)} has no tool '{name}' (mcp only); it has {', '.join(known)}"
+                )
         for tool in listed:
             if only is None or tool.name in only:
                 if "ctx" in (tool.input_schema.get("properties") or {}):
-                    raise ConfigError(f"tool '{tool.name}' of {_place(self.config)} has an argument 'ctx', a name used here; leave it out of 'only'")
+                    raise ConfigError(
+                        f"tool '{tool.name}' of {_place(self.config)} has an argument 'ctx', a name used here; leave it out of 'only'"
+                    )
                 yield McpTool(self._server, tool, self.config)
 
 
@@ -220,7 +224,9 @@ class _Server:
                         await self._dead.wait()
             except asyncio.CancelledError:
                 raise
-            except BaseException as error:  # whatever a transport raises, in groups too; whoever asked for the connection reports it
+            except (
+                BaseException
+            ) as error:  # whatever a transport raises, in groups too; whoever asked for the connection reports it
                 self._failure = _reason(error, self._config)
             self._dead.clear()
             if self._attempt is attempt:
@@ -232,7 +238,9 @@ class _Server:
     async def _transport(self) -> AsyncIterator[Transport]:
         config = self._config
         if config.url is None:
-            program = mcp.StdioServerParameters(command=config.command or "", args=list(config.args), env=self._env, cwd=config.cwd)
+            program = mcp.StdioServerParameters(
+                command=config.command or "", args=list(config.args), env=self._env, cwd=config.cwd
+            )
             yield stdio_client(program, errlog=self._log)
             return
         limits = httpx2.Timeout(config.start_timeout_s, read=None)  # calls have limits of their own
@@ -258,7 +266,9 @@ class _Server:
                 LOG.warning("the MCP server %s has stopped during '%s'; it is started again", _place(self._config), name)
                 self._attempt = None
                 self._dead.set()
-            raise ToolError("The tool's server stopped during the call; it is started again, and the call may be repeated.") from error
+            raise ToolError(
+                "The tool's server stopped during the call; it is started again, and the call may be repeated."
+            ) from error
         except (RuntimeError, ValueError) as error:  # a result that breaks the tool's own schema, or needs a person's answer
             raise ToolError(f"The tool's answer cannot be used: {str(error)[:500]}") from error
 
@@ -291,7 +301,10 @@ def _result(answer: CallToolResult) -> ToolResult:
             pictures.append(_picture(part))
         else:
             resource = getattr(part, "resource", part)
-            texts.append(getattr(resource, "text", None) or f"[{part.type.replace('_', ' ')} {getattr(resource, 'uri', '')}]".replace(" ]", "]"))
+            texts.append(
+                getattr(resource, "text", None)
+                or f"[{part.type.replace('_', ' ')} {getattr(resource, 'uri', '')}]".replace(" ]", "]")
+            )
     text = "\n".join(texts)
     if answer.is_error:
         raise ToolError(text or "The tool failed without saying why.")

@@ -79,7 +79,9 @@ class WebSearch:
             if parts.scheme not in ("http", "https") or not parts.netloc:
                 raise ValueError(f"url '{self.url}' must begin with http:// or https:// and a host")
             if parts.query or parts.username is not None:
-                raise ValueError("url must hold no query and no user name; put what is sent into fields, and a key into key_env's variable")
+                raise ValueError(
+                    "url must hold no query and no user name; put what is sent into fields, and a key into key_env's variable"
+                )
             if self.query_field in self.fields:
                 raise ValueError(f"fields holds '{self.query_field}', which is the query_field; leave it out of fields")
             return self
@@ -178,7 +180,9 @@ class WebSearch:
         if place is None:
             return []  # engines leave the list out when nothing was found
         if not isinstance(place, list) or not all(isinstance(item, Mapping) for item in place):
-            raise ConfigError(f"the answer of {_host(config)} holds no list at '{config.results}'; set 'results' to where it stands")
+            raise ConfigError(
+                f"the answer of {_host(config)} holds no list at '{config.results}'; set 'results' to where it stands"
+            )
         keys = {"title": config.title, "link": config.link, "snippet": config.snippet}
         return [{name: " ".join(str(item.get(key) or "").split()) for name, key in keys.items()} for item in place]
 

@@ -146,12 +146,17 @@ def naive_window(text: str, weights: dict[str, float], length: int) -> float:
     """The largest weight of the different terms inside any ``length`` characters that begin with a word."""
     places = [(match[0].lower(), *match.span()) for match in re.finditer(r"\w+", text)]
     return max(
-        (sum(weights.get(t, 0.0) for t in {t for t, s, e in places if s >= first and e <= first + length}) for _, first, _ in places),
+        (
+            sum(weights.get(t, 0.0) for t in {t for t, s, e in places if s >= first and e <= first + length})
+            for _, first, _ in places
+        ),
         default=0.0,
     )
 
 
-@given(st.lists(st.sampled_from(["red", "owl", "of", "the", "moon", "at", "night"]), min_size=1, max_size=120), st.integers(40, 120))
+@given(
+    st.lists(st.sampled_from(["red", "owl", "of", "the", "moon", "at", "night"]), min_size=1, max_size=120), st.integers(40, 120)
+)
 def test_a_snippet_shows_the_best_window(words: list[str], length: int) -> None:
     text, weights = " ".join(words), {"owl": 3.0, "moon": 2.0, "red": 1.5}
     shown = Words().snippet(text, weights, length)
@@ -200,7 +205,9 @@ def encoder(folder: Path, *, pooling: str | None = "mean", legacy: bool = True) 
     BertModel(config).save_pretrained(folder)
     if pooling is not None:
         kinds = [("0", "", "Transformer"), ("1", "1_Pooling", "Pooling"), ("2", "2_Normalize", "Normalize")]
-        modules = [{"idx": int(i), "name": i, "path": path, "type": f"sentence_transformers.models.{kind}"} for i, path, kind in kinds]
+        modules = [
+            {"idx": int(i), "name": i, "path": path, "type": f"sentence_transformers.models.{kind}"} for i, path, kind in kinds
+        ]
         flags = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "lasttoken": "pooling_mode_lasttoken"}
         mode = {flag: name == pooling for name, flag in flags.items()} if legacy else {"pooling_mode": pooling}
         (folder / "1_Pooling").mkdir()
@@ -262,7 +269,9 @@ def test_dense_and_hybrid_order_by_cosines_and_by_both(tmp_path: Path) -> None:
 def test_prefixes_reach_the_encoder(tmp_path: Path) -> None:
     entries, folder, first = documents(5), encoder(tmp_path / "model"), vocabulary(400)[0]
     plain = search(tmp_path, entries, method="dense", encoder=str(folder), top_k=5)
-    prefixed = search(tmp_path, entries, method="dense", encoder=str(folder), top_k=5, query_prefix=f"{first} ", document_prefix=f"{first} ")
+    prefixed = search(
+        tmp_path, entries, method="dense", encoder=str(folder), top_k=5, query_prefix=f"{first} ", document_prefix=f"{first} "
+    )
     scores = dict(found(prefixed, "owl"))
     query = naive_vector(folder, f"{first} owl", "mean")
     for entry in entries:
@@ -274,7 +283,10 @@ def test_prefixes_reach_the_encoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        ({"1_Pooling/config.json": {"pooling_mode_max_tokens": True}}, "pools by pooling_mode_max_tokens; one of mean, cls, lasttoken"),
+        (
+            {"1_Pooling/config.json": {"pooling_mode_max_tokens": True}},
+            "pools by pooling_mode_max_tokens; one of mean, cls, lasttoken",
+        ),
         ({"modules.json": [{"type": "sentence_transformers.models.Dense"}]}, "has a part Dense"),
         ({"config.json": {"model_type": "no_such_model"}}, "cannot be loaded"),
     ],

@@ -149,7 +149,10 @@ def test_a_page_that_says_it_is_large_is_not_read(server: Server, tmp_path: Path
 @pytest.mark.parametrize(
     ("start", "byte"),
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n", b"x"),  # no length: the end of the connection must not look like the end
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n",
+            b"x",
+        ),  # no length: the end of the connection must not look like the end
         (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 999\r\n\r\n", b"x"),
         (b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
         (b"HTTP/1.1 200 OK\r\nX-Long: ", b"x"),
@@ -227,7 +230,10 @@ def test_circles_are_left(server: Server, tmp_path: Path, chain: dict[str, str])
 @pytest.mark.parametrize("to", ["http://other.test/", "//other.test/x", "https://other.test", "http://127.0.0.1:1/"])
 def test_a_redirect_to_a_host_that_is_not_allowed_is_refused(server: Server, tmp_path: Path, to: str) -> None:
     server.answers["/a"] = redirect(to)
-    assert re.search(r"The host (other\.test|127\.0\.0\.1:1) is not one that may be visited", refusal(visitor(server, tmp_path), server.url("/a")))
+    assert re.search(
+        r"The host (other\.test|127\.0\.0\.1:1) is not one that may be visited",
+        refusal(visitor(server, tmp_path), server.url("/a")),
+    )
 
 
 @pytest.mark.parametrize("to", ["file:///etc/passwd", "ftp://x/", "gopher://x/", "javascript:alert(1)"])
@@ -292,7 +298,9 @@ def test_every_spelling_of_this_machine_is_refused(server: Server, tmp_path: Pat
     assert server.seen == []
 
 
-def test_the_address_that_was_checked_is_the_one_connected_to(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_address_that_was_checked_is_the_one_connected_to(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """DNS rebinding: a second lookup would give another address; there is none, and the name stays in the request."""
     asked = answers_of(monkeypatch, {"rebind.test": [["127.0.0.1"], ["127.0.0.99"]]})
     dialled: list[Any] = []
@@ -394,7 +402,10 @@ def test_documents_of_a_corpus_are_read_by_id_or_url(tmp_path: Path) -> None:
         tool("bad", ToolContext())
 
 
-@pytest.mark.parametrize(("fields", "sentence"), [({}, "nothing can be visited; set allowed_hosts"), ({"allowed_hosts": ["a"], "images": 1}, "set corpus")])
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [({}, "nothing can be visited; set allowed_hosts"), ({"allowed_hosts": ["a"], "images": 1}, "set corpus")],
+)
 def test_a_wrong_block_is_refused(fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(Problems, match=sentence):
         Component.parse({"target": "tools.visit:Visit", **fields})

@@ -33,7 +33,14 @@ def server() -> Iterator[Server]:
 
 
 def tool(server: Server, tmp_path: Path, **fields: Any) -> WebSearch:
-    own = {"url": server.url("/search"), "top_k": 2, "per_second": 1000.0, "backoff_s": 0.01, "cache": str(tmp_path / "cache"), **fields}
+    own = {
+        "url": server.url("/search"),
+        "top_k": 2,
+        "per_second": 1000.0,
+        "backoff_s": 0.01,
+        "cache": str(tmp_path / "cache"),
+        **fields,
+    }
     return WebSearch(WebSearch.Config(**own))
 
 
@@ -44,11 +51,24 @@ def results(content: Any) -> Any:
 ENGINES = {
     "serper": ({"key_header": "X-API-KEY", "fields": {"num": 3}}, {"organic": FOUND}),
     "brave": (
-        {"method": "GET", "key_header": "X-Subscription-Token", "results": "web.results", "link": "url", "snippet": "description"},
+        {
+            "method": "GET",
+            "key_header": "X-Subscription-Token",
+            "results": "web.results",
+            "link": "url",
+            "snippet": "description",
+        },
         {"web": {"results": [{"title": r["title"], "url": r["link"], "description": r["snippet"]} for r in FOUND]}},
     ),
     "tavily": (
-        {"key_prefix": "Bearer ", "query_field": "query", "results": "results", "link": "url", "snippet": "content", "fields": {"deep": True}},
+        {
+            "key_prefix": "Bearer ",
+            "query_field": "query",
+            "results": "results",
+            "link": "url",
+            "snippet": "content",
+            "fields": {"deep": True},
+        },
         {"results": [{"title": r["title"], "url": r["link"], "content": r["snippet"]} for r in FOUND]},
     ),
 }
@@ -78,7 +98,11 @@ def test_each_engine_is_a_matter_of_configuration(
 
 
 def test_the_key_goes_nowhere_else(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("ENGINE_KEY", KEY)
@@ -86,7 +110,9 @@ def test_the_key_goes_nowhere_else(
     search = tool(server, tmp_path, key_env="ENGINE_KEY")
     told = [search("owl", ToolContext()).text, repr(search.config)]
     for status in (401, 400, 503):
-        server.answers["/search"] = lambda handler, status=status: reply(handler, handler.headers["Authorization"].encode(), status=status)
+        server.answers["/search"] = lambda handler, status=status: reply(
+            handler, handler.headers["Authorization"].encode(), status=status
+        )
         with pytest.raises((ToolError, ConfigError)) as caught:
             search(f"owl {status}", ToolContext())
         told.append(str(caught.value))
@@ -95,7 +121,9 @@ def test_the_key_goes_nowhere_else(
 
 
 @pytest.mark.parametrize("value", [None, " "])
-def test_a_missing_key_is_one_sentence(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+def test_a_missing_key_is_one_sentence(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
     monkeypatch.delenv("ENGINE_KEY", raising=False)
     if value is not None:
         monkeypatch.setenv("ENGINE_KEY", value)
@@ -222,7 +250,9 @@ def test_searches_keep_their_pace(server: Server, tmp_path: Path, monkeypatch: p
     ],
     ids=["json", "size", "mapping", "strings"],
 )
-def test_an_answer_of_another_form_is_a_sentence(server: Server, tmp_path: Path, content: str, error: type, sentence: str) -> None:
+def test_an_answer_of_another_form_is_a_sentence(
+    server: Server, tmp_path: Path, content: str, error: type, sentence: str
+) -> None:
     server.answers["/search"] = page(content)
     with pytest.raises(error, match=sentence):
         tool(server, tmp_path)("owl", ToolContext())

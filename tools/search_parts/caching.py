@@ -47,7 +47,9 @@ def build_once(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=f"{key}.", suffix=".part", dir=folder, ignore_cleanup_errors=True)
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot keep an index there ({error.strerror}); set 'cache' to a folder that can be written") from error
+        raise ConfigError(
+            f"{folder}: cannot keep an index there ({error.strerror}); set 'cache' to a folder that can be written"
+        ) from error
     with scratch as part:
         work = Path(part) / "index"
         work.mkdir()
@@ -85,7 +87,9 @@ class Answers:
                 json.dump(value, file)
             os.replace(file.name, path)
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be written ({error.strerror}); set 'cache' to a folder that can be written") from error
+            raise ConfigError(
+                f"{path}: cannot be written ({error.strerror}); set 'cache' to a folder that can be written"
+            ) from error
 
     @staticmethod
     def _path(folder: Path, name: str) -> Path:

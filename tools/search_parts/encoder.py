@@ -60,10 +60,14 @@ class Encoder:
             pooling = _json(path, "1_Pooling/config.json") or {"pooling_mode": "mean"}
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigError(f"encoder '{path}' cannot be loaded ({reason}); give a folder or hub id of a sentence encoder") from error
+            raise ConfigError(
+                f"encoder '{path}' cannot be loaded ({reason}); give a folder or hub id of a sentence encoder"
+            ) from error
         others = [kind for module in modules if (kind := str(module.get("type", "")).rpartition(".")[2]) not in _MODULES]
         if others:
-            raise ConfigError(f"encoder '{path}' has a part {others[0]}; only encoders of Transformer, Pooling and Normalize are read")
+            raise ConfigError(
+                f"encoder '{path}' has a part {others[0]}; only encoders of Transformer, Pooling and Normalize are read"
+            )
         self._pool = _POOLINGS[_pooling(path, pooling)]
         self._limit = _limit(settings, self._tokenizer, self._model.config)
         self._device, self._lock = device, threading.Lock()  # a fast tokenizer keeps its padding between calls

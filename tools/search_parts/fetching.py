@@ -212,7 +212,12 @@ def _request(target: Target, limits: Limits, deadline: float) -> str | tuple[str
     with _sentences(target, deadline), ExitStack() as stack:
         connection = _Connection(target, found, deadline)
         stack.callback(connection.end)
-        headers = {"User-Agent": limits.user_agent, "Accept": ", ".join(limits.types), "Accept-Encoding": "gzip", "Connection": "close"}
+        headers = {
+            "User-Agent": limits.user_agent,
+            "Accept": ", ".join(limits.types),
+            "Accept-Encoding": "gzip",
+            "Connection": "close",
+        }
         connection.request("GET", target.path, headers=headers)
         response = stack.enter_context(closing(connection.getresponse()))
         if time.monotonic() >= deadline:
