@@ -21,7 +21,7 @@ class GalleryConfig:
     """What every search in pictures is told."""
 
     images: str
-    """Folder of pictures, or JSONL file with lines {"id", "image" or "images", optional "title", "caption"}; a corpus may be one."""
+    """Folder of pictures, or JSONL file with lines {"id", "image" or "images", optional "title", "caption"}; a corpus too."""
     name: str = "image_search"
     """What the model calls it by."""
     top_k: int = Field(default=5, ge=1)

@@ -1,9 +1,9 @@
 """The tools of any MCP server (Model Context Protocol) as tools here, through the official Python SDK.
 
 A server is a program that is started and spoken to over its standard input and output, or a service spoken to over streamable
-HTTP. One thread with an event loop of its own holds the connection. When the server dies, the call that was under way fails with a
-sentence, and the server is started or connected to again for the next one; a call is never repeated by itself, since nobody knows
-what it has done already.
+HTTP. One thread with an event loop of its own holds the connection. When the server dies, the call that was under way fails with
+a sentence, and the server is started or connected to again for the next one; a call is never repeated by itself, since nobody
+knows what it has done already.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class McpTools:
             if only is None or tool.name in only:
                 if "ctx" in (tool.input_schema.get("properties") or {}):
                     raise ConfigError(
-                        f"tool '{tool.name}' of {_place(self.config)} has an argument 'ctx', a name used here; leave it out of 'only'"
+                        f"tool '{tool.name}' of {_place(self.config)} has an argument 'ctx', which is taken; leave it out of 'only'"
                     )
                 yield McpTool(self._server, tool, self.config)
 
@@ -145,14 +145,17 @@ class McpTool:
 class _Server:
     """The connection, in a thread with an event loop; ``_serve`` is the one task that opens and closes it, as the SDK demands.
 
-    Whoever needs a connection awaits ``_attempt``, whose result is None if it failed; after a death the next call begins a new one.
+    Whoever needs a connection awaits ``_attempt``, None if it failed; after a death the next call begins a new one.
     """
 
     def __init__(self, config: McpTools.Config) -> None:
         self._config, self.restarts, self._closed = config, -1, False
         self._env = config.env | {name: _variable(name) for name in config.pass_env}
         self._headers = {header: _variable(name) for header, name in config.header_env.items()}
-        self._log = tempfile.TemporaryFile("w+") if config.log is None else open(config.log, "a+")  # noqa: SIM115 (until close)
+        try:
+            self._log = tempfile.TemporaryFile("w+") if config.log is None else open(config.log, "a+")  # noqa: SIM115 (until close)
+        except OSError as error:
+            raise ConfigError(f"{config.log}: cannot be written ({error.strerror}); set 'log' to another file") from error
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=f"mcp {_place(config)}", daemon=True)
         self._attempt: asyncio.Future[mcp.Client | None] | None = None
@@ -215,18 +218,19 @@ class _Server:
             attempt = self._attempt
             assert attempt is not None
             try:
-                async with asyncio.timeout(self._config.start_timeout_s) as limit, self._transport() as transport:
-                    async with mcp.Client(transport) as client:
-                        await _listed(client)  # what it reads of a tool it needs for calls
-                        limit.reschedule(None)
-                        self.restarts += 1
-                        attempt.set_result(client)
-                        await self._dead.wait()
+                async with (
+                    asyncio.timeout(self._config.start_timeout_s) as limit,
+                    self._transport() as transport,
+                    mcp.Client(transport) as client,
+                ):
+                    await _listed(client)  # what it reads of a tool it needs for calls
+                    limit.reschedule(None)
+                    self.restarts += 1
+                    attempt.set_result(client)
+                    await self._dead.wait()
             except asyncio.CancelledError:
                 raise
-            except (
-                BaseException
-            ) as error:  # whatever a transport raises, in groups too; whoever asked for the connection reports it
+            except BaseException as error:  # whatever a transport raises; whoever asked for the connection reports it
                 self._failure = _reason(error, self._config)
             self._dead.clear()
             if self._attempt is attempt:

@@ -1,4 +1,4 @@
-"""Search in the web through an HTTP API that answers in JSON; which one is a matter of configuration (Serper, Brave, Tavily, ...).
+"""Search in the web through an HTTP API that answers in JSON; which one is a matter of configuration (Serper, Brave, Tavily).
 
 The key comes from an environment variable. It is sent to the API and goes nowhere else: no message, file or log holds it.
 """

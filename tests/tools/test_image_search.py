@@ -268,7 +268,7 @@ def test_missing_pictures_and_models_are_sentences(tmp_path: Path, folder: Path)
     with pytest.raises(DataError, match="holds no picture"):
         search(tmp_path / "empty")
     (tmp_path / "no_clip").mkdir()
-    with pytest.raises(ConfigError, match="clip '.*no_clip' cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"clip '.*no_clip' cannot be loaded"):
         features.Clip(str(tmp_path / "no_clip"), "cpu")
     with pytest.raises(Problems, match="clip' is missing"):
         Component.parse({"target": "tools.image_search:ClipImageSearch", "images": str(folder)})

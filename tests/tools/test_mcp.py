@@ -127,7 +127,7 @@ def test_a_program_that_dies_is_started_again(caplog: pytest.LogCaptureFixture) 
         second = call(tools, "who").text
         assert second != first and not alive(int(first)) and tools.restarts == 1
         assert len([record for record in caplog.records if "has stopped during" in record.message]) == 1
-        assert [tool.name for tool in tools][0] == "add" and call(tools, "add", a=2).text == "4"
+        assert tools.tools[0].name == "add" and call(tools, "add", a=2).text == "4"
     assert not alive(int(second))
 
 
@@ -170,7 +170,7 @@ def test_some_tools_under_names_of_their_own() -> None:
     with McpTools(McpTools.Config(**PROGRAM, only=("add",), prefix="tiny_")) as tools:
         assert [tool.name for tool in tools] == ["tiny_add"] and call(tools, "tiny_add", a=3).text == "5"
     before = set(threading.enumerate())
-    with pytest.raises(ConfigError, match="has no tool 'sub'.*it has add, draw"):
+    with pytest.raises(ConfigError, match=r"has no tool 'sub'.*it has add, draw"):
         McpTools(McpTools.Config(**PROGRAM, only=("sub",)))
     assert set(threading.enumerate()) <= before
 

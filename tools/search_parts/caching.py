@@ -1,4 +1,4 @@
-"""What the search tools keep on disk: folders that are built once, and small answers. Whole or not there, whoever writes at once."""
+"""What the search tools keep on disk: folders that are built once, and small answers; whole or not there, whoever writes."""
 
 from __future__ import annotations
 

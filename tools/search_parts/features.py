@@ -1,9 +1,9 @@
 """Pictures as unit vectors: colours and edges, the same on every machine, or a CLIP model's view.
 
 Colours: a histogram over hue, saturation and value, as square roots (their product is the Bhattacharyya coefficient).
-Edges: histograms of oriented gradients (Dalal and Triggs 2005): cells of 16 x 16 pixels of the grey picture, scaled to 128 x 128, 9
-unsigned directions, each pixel's gradient shared by the two nearest; blocks of 2 x 2 cells, each of length 1. Departures: no Gaussian
-window, no interpolation between cells, no clipping.
+Edges: histograms of oriented gradients (Dalal and Triggs 2005): cells of 16 x 16 pixels of the grey picture, scaled to 128 x 128,
+9 unsigned directions, each pixel's gradient shared by the two nearest; blocks of 2 x 2 cells, each of length 1. Departures: no
+Gaussian window, no interpolation between cells, no clipping.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _unit(vector: np.ndarray) -> np.ndarray:
 
 
 class Clip:
-    """A CLIP model's projected vectors of pictures and of texts, which can be compared. Raises ConfigError if it cannot be loaded."""
+    """A CLIP model's projected vectors of pictures and of texts. Raises ConfigError if it cannot be loaded."""
 
     def __init__(self, path: str, device: str) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Fetching a page that a model asked for, so that nothing but public pages of allowed hosts can be reached, in bounded time and size.
+"""Fetching a page that a model asked for: public pages of allowed hosts and nothing else, in bounded time and size.
 
 A host's name is looked up once; every address must be public, and the connection goes to the address that was checked, so that a
 second, different answer of the name server (DNS rebinding) is never asked for. Each redirect is treated like a new request.
