@@ -22,9 +22,8 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 import httpx2
-import mcp
-from mcp.client import Transport
-from mcp.client.stdio import stdio_client
+from mcp.client import Client, Transport
+from mcp.client.stdio import StdioServerParameters, stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 from mcp.types import CONNECTION_CLOSED, CallToolResult, ImageContent, TextContent
@@ -122,9 +121,8 @@ class McpTools:
         for tool in listed:
             if only is None or tool.name in only:
                 if "ctx" in (tool.input_schema.get("properties") or {}):
-                    raise ConfigError(
-                        f"tool '{tool.name}' of {_place(self.config)} has an argument 'ctx', which is taken; leave it out of 'only'"
-                    )
+                    where = f"tool '{tool.name}' of {_place(self.config)}"
+                    raise ConfigError(f"{where} has an argument 'ctx', which is taken; set 'only' without it")
                 yield McpTool(self._server, tool, self.config)
 
 
@@ -158,7 +156,7 @@ class _Server:
             raise ConfigError(f"{config.log}: cannot be written ({error.strerror}); set 'log' to another file") from error
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=f"mcp {_place(config)}", daemon=True)
-        self._attempt: asyncio.Future[mcp.Client | None] | None = None
+        self._attempt: asyncio.Future[Client | None] | None = None
         self._wanted, self._dead = asyncio.Event(), asyncio.Event()  # like _attempt, touched by the loop alone
         self._failure = ""
         self._main = self._loop.create_task(self._serve())
@@ -205,7 +203,7 @@ class _Server:
         client = await self._connection()
         return None if client is None else await _listed(client)
 
-    def _connection(self) -> asyncio.Future[mcp.Client | None]:
+    def _connection(self) -> asyncio.Future[Client | None]:
         if self._attempt is None:
             self._attempt = self._loop.create_future()
             self._wanted.set()
@@ -221,7 +219,7 @@ class _Server:
                 async with (
                     asyncio.timeout(self._config.start_timeout_s) as limit,
                     self._transport() as transport,
-                    mcp.Client(transport) as client,
+                    Client(transport) as client,
                 ):
                     await _listed(client)  # what it reads of a tool it needs for calls
                     limit.reschedule(None)
@@ -242,9 +240,7 @@ class _Server:
     async def _transport(self) -> AsyncIterator[Transport]:
         config = self._config
         if config.url is None:
-            program = mcp.StdioServerParameters(
-                command=config.command or "", args=list(config.args), env=self._env, cwd=config.cwd
-            )
+            program = StdioServerParameters(command=config.command or "", args=list(config.args), env=self._env, cwd=config.cwd)
             yield stdio_client(program, errlog=self._log)
             return
         limits = httpx2.Timeout(config.start_timeout_s, read=None)  # calls have limits of their own
@@ -283,7 +279,7 @@ class _Server:
         return f"; it said: {lines[-1][:200]}" if lines else ""
 
 
-async def _listed(client: mcp.Client) -> list[Description]:
+async def _listed(client: Client) -> list[Description]:
     found: list[Description] = []
     cursor: str | None = None
     for _ in range(_PAGES):

@@ -100,7 +100,8 @@ class Clip:
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        longest = self._model.config.text_config.max_position_embeddings
+        config: Any = self._model.config.text_config
+        longest = config.max_position_embeddings
         inputs = self._processor(text=list(texts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
         inputs = inputs.to(self._device)
         read = self._model.text_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).pooler_output
