@@ -1,0 +1,1 @@
+"""What the search tools share: corpora, words, encoders, picture features, guarded fetching, and files on disk."""
