@@ -127,13 +127,13 @@ class McpTools:
 
 
 class McpTool:
-    """One tool. name, description, schema (JSON schema of its arguments): as the server gives them."""
+    """One tool. name, description, parameters (JSON schema of its arguments): as the server gives them."""
 
     def __init__(self, server: _Server, tool: Description, config: McpTools.Config) -> None:
         self._server, self._tool, self._timeout_s = server, tool.name, config.timeout_s
         self.name = config.prefix + tool.name
         self.description = tool.description or tool.title or ""
-        self.schema: Mapping[str, Any] = tool.input_schema
+        self.parameters: Mapping[str, Any] = tool.input_schema
 
     def __call__(self, /, *, ctx: ToolContext, **arguments: Any) -> ToolResult:
         """Calls the server. Raises ToolError with the server's own words where it refuses or fails."""

@@ -96,6 +96,8 @@ class PythonSandbox:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.name = "python"
+        self.ordered = config.keep_state  # a variable that one call of a turn sets is there for the next
         self.level: Level = config.isolation or pool.strongest(config.packages, config.unsafe)
         pool.require(self.level, config.packages)
         self._running = threading.BoundedSemaphore(config.parallel)

@@ -55,7 +55,10 @@ class ToolBlock:
             return [self.function]
         built = self.component.build()
         several: Any = getattr(built, "tools", None)
-        return [built] if several is None else list(several() if callable(several) else several)
+        if several is None:
+            return [built]
+        listed: Any = several() if callable(several) else several
+        return list(listed)
 
     def dump(self) -> str | dict[str, Any]:
         """What parses to this block."""

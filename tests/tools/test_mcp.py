@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from mmrl.calling import Toolbox
 from mmrl.component import Component, Problems
 from mmrl.errors import ConfigError
-from mmrl.messages import ToolContext, ToolError, ToolResult
+from mmrl.messages import ToolCall, ToolContext, ToolError, ToolResult
 from mmrl.registry import install_command
 from tests.tools.servers import free_port
 
@@ -81,8 +82,8 @@ def test_tools_are_as_the_server_describes_them(tools: McpTools) -> None:
     assert [tool.name for tool in tools] == ["add", "draw", "broken_picture", "fail", "nap", "die", "who"]
     add = tools.tools[0]
     assert add.description == "Add two numbers."
-    assert add.schema["properties"]["a"]["type"] == "integer" and add.schema["properties"]["b"]["default"] == 2
-    assert add.schema["required"] == ["a"]
+    assert add.parameters["properties"]["a"]["type"] == "integer" and add.parameters["properties"]["b"]["default"] == 2
+    assert add.parameters["required"] == ["a"]
 
 
 def test_text_and_pictures_come_back(tools: McpTools) -> None:
@@ -216,3 +217,15 @@ def test_a_server_that_cannot_be_used_is_one_sentence(fields: dict[str, Any], se
 def test_a_wrong_block_is_refused(fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(Problems, match=sentence):
         Component.parse({"target": "tools.mcp:McpTools", **fields})
+
+
+def test_a_server_s_tools_are_called_through_a_toolbox(tools: McpTools) -> None:
+    toolbox = Toolbox(list(tools))
+    schema = next(schema for schema in toolbox.schemas if schema.name == "add")
+    assert schema.description == "Add two numbers." and schema.parameters["required"] == ["a"]
+    calls = [ToolCall("add", {"a": 40}), ToolCall("add", {"summand": 1}), ToolCall("draw", {"colour": "red"})]
+    right, wrong, drawn = toolbox.run(calls, pictures=[], state={}, seed=0, conversation=0, turn=0)
+    assert right.result.text == "42" and right.error is None
+    assert wrong.error == "bad_arguments" and "summand" in wrong.result.text
+    assert len(drawn.result.pictures) == 1 and "Image 1 is 6 x 4 pixels." in drawn.result.text
+    toolbox.close()

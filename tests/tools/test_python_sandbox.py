@@ -19,8 +19,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from mmrl.calling import Toolbox
 from mmrl.errors import EnvironmentMissing, MMRLError
-from mmrl.messages import Picture, ToolContext, ToolError
+from mmrl.messages import Picture, ToolCall, ToolContext, ToolError
 from mmrl.registry import ROOT
 from tools import python_sandbox
 from tools.python_sandbox import PythonSandbox, isolation_level, run_python
@@ -477,3 +478,14 @@ def test_no_isolation_has_to_be_said_twice() -> None:
 def test_without_bubblewrap_the_next_level_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert not shell.available("bubblewrap") and shell.available("landlock")
+
+
+def test_calls_of_one_turn_see_what_the_ones_before_them_left(level: Level) -> None:
+    toolbox, state = Toolbox([sandbox(level, keep_state=True)]), {}
+    lines = ["numbers = [1]", *(f"numbers.append({n})" for n in range(2, 6)), "numbers"]
+    calls = [ToolCall("python", {"code": line}) for line in lines]
+    outcomes = toolbox.run(calls, pictures=[], state=state, seed=0, conversation=0, turn=0)
+    assert outcomes[-1].result.text == "[1, 2, 3, 4, 5]"
+    for value in state.values():
+        value.close()
+    toolbox.close()
