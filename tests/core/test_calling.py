@@ -116,7 +116,6 @@ RED, BLUE = Image.new("RGB", (3, 2), "red"), Image.new("RGB", (1, 1), "blue")
         ({"a": np.float32(0.5), "b": np.arange(2)}, '{"a": 0.5, "b": [0, 1]}', []),
         (None, "The tool returned nothing.", []),
     ],
-    ids=repr,
 )
 def test_what_a_tool_may_return(value: Any, text: str, pictures: list[Image.Image]) -> None:
     def give() -> Any:
@@ -136,7 +135,6 @@ def test_what_a_tool_may_return(value: Any, text: str, pictures: list[Image.Imag
         (Image.new("RGB", (0, 4)), "returned a picture of 0 x 4 pixels"),
         ([RED, {1, 2}], "returned a set, which is neither"),
     ],
-    ids=repr,
 )
 def test_what_a_tool_may_not_return_is_its_failure(value: Any, sentence: str) -> None:
     def give() -> Any:
