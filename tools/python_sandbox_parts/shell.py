@@ -22,6 +22,8 @@ _BOOT = (
     "from tools.python_sandbox_parts.zygote import main; main(settings)"
 )
 
+WORK = "/sandbox"  # the jobs' folder within bubblewrap; at /tmp it would hide a project that lies there
+
 
 def available(level: Level) -> bool:
     """Whether trying ``level`` makes sense here."""
@@ -31,7 +33,7 @@ def available(level: Level) -> bool:
 def command(level: Level, reading: Reading, control: int, work: str) -> tuple[list[str], dict[str, str]]:
     """Program and arguments, and the whole environment. control: the inherited socket. work: an empty folder of the host."""
     if level == "bubblewrap":
-        work = "/tmp"
+        work = WORK
     python = [reading.python, "-s", "-S", "-P", "-B", "-c", _BOOT, json.dumps(_settings(level, reading, control, work))]
     # One thread, so that a fork takes everything with it; sets in the same order in every run.
     environment = {"HOME": work, "TMPDIR": work, "MPLCONFIGDIR": work, "MPLBACKEND": "agg", "LANG": "C.UTF-8"}
@@ -67,4 +69,4 @@ def _bubblewrap(reading: Reading) -> list[str]:
     devices = [part for path in DEVICES for part in ("--dev-bind", path, path)]
     head = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--new-session"]
     rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
-    return [*head, *rights, *binds, *devices, "--proc", "/proc", "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/", "--"]
+    return [*head, *rights, *binds, *devices, "--proc", "/proc", "--tmpfs", WORK, "--remount-ro", "/", "--chdir", "/", "--"]
