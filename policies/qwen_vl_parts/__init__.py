@@ -1,1 +1,0 @@
-"""The parts of policies/qwen_vl.py."""
