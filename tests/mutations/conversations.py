@@ -2,6 +2,7 @@
 
 _BATCHING = "tests/core/test_batching.py::test_a_sample_may_be_a_whole_episode"
 _HEAD = "tests/numerics/test_tokens.py::test_the_head_s_log_probs_entropy_and_gradients_are_torchs"
+_TALKING = "tests/core/test_talking.py"
 _COLUMNS = "tests/core/test_columns.py::test_columns_join_as_tensors_do"
 
 CONVERSATIONS = [
@@ -88,5 +89,33 @@ CONVERSATIONS = [
         "compose(self.to_source, to_this)",
         "compose(to_this, self.to_source)",
         "tests/core/test_messages.py::test_a_picture_made_of_a_picture_points_into_the_first",
+    ),
+    (
+        "observation: conversations stay where they were when rows are selected",
+        "mmrl/types.py",
+        "tuple(self.conversations[i] for i in index_N.tolist())",
+        "self.conversations[: len(index_N)]",
+        f"{_TALKING}::test_conversations_are_collected_and_become_samples",
+    ),
+    (
+        "playing: messages go to the first slots",
+        "mmrl/playing.py",
+        "tasks_B[rows_N], decision), rows_N, len(tasks_B))",
+        "tasks_B[rows_N], decision), torch.arange(len(rows_N)), len(tasks_B))",
+        f"{_TALKING}::test_conversations_are_played_whatever_the_seats",
+    ),
+    (
+        "playing: messages come back in the order of the seats",
+        "mmrl/playing.py",
+        "return cat(actions)[place_N]",
+        "return cat(actions)[: len(place_N)]",
+        f"{_TALKING}::test_conversations_are_played_whatever_the_seats",
+    ),
+    (
+        "columns: objects of the second part are those of the first",
+        "mmrl/columns.py",
+        "items = Column.of(item for column in columns for item in column.items).items",
+        "items = (columns[0].items * 99)[: sum(len(column.items) for column in columns)]",
+        f"{_TALKING}::test_conversations_are_collected_and_become_samples",
     ),
 ]
