@@ -122,11 +122,18 @@ class ToolContext:
 
 @dataclass(frozen=True)
 class Message:
-    """One message: parts in order. calls: what an assistant's message asks of tools, in training data."""
+    """One message: parts in order. calls: what an assistant's message asks of tools, in training data.
+
+    token_ids: the tokens of a message that a policy has said, which are never made from its text again; empty for any other.
+    finish: how a policy's message ended: by itself ("stop"), because it was long enough, or because the conversation was
+    ("length"); empty for any other.
+    """
 
     role: Role
     parts: tuple[str | Picture, ...]
     calls: tuple[ToolCall, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    finish: Literal["", "stop", "length"] = ""
 
     @property
     def text(self) -> str:

@@ -17,7 +17,16 @@ import pytest
 from mmrl.describe import descriptions
 from mmrl.registry import PACKAGES, ROOT, install_command
 
-CONTRACTS = ("mmrl.types", "mmrl.columns", "mmrl.messages", "mmrl.protocols", "mmrl.numerics", "mmrl.errors", "mmrl.component")
+CONTRACTS = (
+    "mmrl.types",
+    "mmrl.columns",
+    "mmrl.messages",
+    "mmrl.transcripts",
+    "mmrl.protocols",
+    "mmrl.numerics",
+    "mmrl.errors",
+    "mmrl.component",
+)
 FREE = ("mmrl",)  # the trainer, the command line and what serves them: all of mmrl, but nothing outside it
 # Module or package -> what of this project it may import; the longest match holds, and a package may always import itself.
 RULES = {
@@ -25,8 +34,9 @@ RULES = {
     "mmrl.numerics": (),
     "mmrl.columns": (),
     "mmrl.messages": (),
-    "mmrl.types": ("mmrl.numerics", "mmrl.columns", "mmrl.messages"),
-    "mmrl.protocols": ("mmrl.types", "mmrl.numerics", "mmrl.columns", "mmrl.messages"),
+    "mmrl.transcripts": ("mmrl.messages",),
+    "mmrl.types": ("mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.transcripts"),
+    "mmrl.protocols": ("mmrl.types", "mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.transcripts"),
     "mmrl.errors": (),
     "mmrl.registry": ("mmrl.errors",),
     "mmrl.component": ("mmrl.errors", "mmrl.registry"),
