@@ -28,6 +28,7 @@ from mmrl.types import (
     Packing,
     Rollout,
     Step,
+    Talks,
     Trace,
 )
 
@@ -181,12 +182,16 @@ class AdaptivePolicy(Protocol):
 
 @runtime_checkable
 class SupervisedPolicy(Fitted, Protocol):
-    """It can imitate."""
+    """It can imitate what its kind of policy does: ``examples`` are Examples, or Talks."""
 
     horizon: int  # H, the actions an example needs
 
-    def supervised_loss(self, examples: Examples, generator: torch.Generator) -> Loss:
-        """The mean over the examples' real actions (``mask_BH``): micro-batches are weighted by how many they have."""
+    def supervised_weight(self, examples: Any) -> Tensor:
+        """How much each example counts: its real actions, or the tokens to learn from it. [B]"""
+        ...
+
+    def supervised_loss(self, examples: Any, generator: torch.Generator) -> Loss:
+        """The mean over what ``supervised_weight`` counts, so that micro-batches are weighted by it."""
         ...
 
 
@@ -211,7 +216,7 @@ class DataContext:
 class ExampleSource(Protocol):
     """Gives supervised examples. Built as ``cls(config, context=DataContext)``."""
 
-    def batch(self, size: int) -> Examples:
+    def batch(self, size: int) -> Examples | Talks:
         """The next ``size`` examples; the order depends on the seed and the cursor alone."""
         ...
 
@@ -313,7 +318,7 @@ class SupervisedAlgorithm(Algorithm, Protocol):
 
     batch_size: int
 
-    def loss(self, policy: SupervisedPolicy, examples: Examples, *, share: float, generator: torch.Generator) -> Loss:
+    def loss(self, policy: SupervisedPolicy, examples: Examples | Talks, *, share: float, generator: torch.Generator) -> Loss:
         """``share`` is this micro-batch's part of the batch, so that shares add up to the whole batch's loss."""
         ...
 

@@ -412,6 +412,23 @@ class Examples:
     def __len__(self) -> int:
         return self.observation.batch_size
 
+    def select(self, index_N: Tensor) -> Examples:
+        """The rows ``index_N`` (int64 [N]), in that order."""
+        return Examples(self.observation.select(index_N), self.actions_BHA[index_N], self.mask_BH[index_N])
+
+
+@dataclass(frozen=True)
+class Talks:
+    """B whole conversations to imitate: what the assistant says in each of them is to be learned."""
+
+    conversations: tuple[Conversation, ...]
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def select(self, index_N: Tensor) -> Talks:
+        return Talks(tuple(self.conversations[i] for i in index_N.tolist()))
+
 
 @dataclass(frozen=True)
 class Episode:

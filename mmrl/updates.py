@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from mmrl.batching import make_batch, micro_batches, minibatch_indices
-from mmrl.data.demonstrations import rows
 from mmrl.numerics import masked
 from mmrl.optim import Optimization
 from mmrl.protocols import Advantages, ExampleSource, LikelihoodPolicy, LossContext, RolloutAlgorithm, SupervisedAlgorithm
-from mmrl.types import Batch, Examples, Loss, Rollout
+from mmrl.types import Batch, Examples, Loss, Rollout, Talks
 
 Merge = Callable[[Iterable[float]], float]
 # How a metric is merged; the mean for every other. The micro-batches' losses are shares of their mini-batch's.
@@ -49,17 +48,19 @@ class MetricMerger:
         return merged
 
 
-def accumulate(examples: Examples, micro_batch: int | None, loss_of: Callable[[Examples, float], Loss]) -> dict[str, float]:
-    """Add the gradient of a mean over the real actions of ``examples`` to ``.grad``, micro-batch by micro-batch; its metrics.
+def accumulate(
+    examples: Examples | Talks, weight_B: Tensor, micro_batch: int | None, loss_of: Callable[[Any, float], Loss]
+) -> dict[str, float]:
+    """Add the gradient of the mean over what ``weight_B`` counts of ``examples`` to ``.grad``, part by part; its metrics.
 
     ``loss_of(part, share)`` is ``share`` times the mean loss of a part. Padding carries no loss, so a part's share is that of its
-    real actions, not of its rows: only then do the parts add up to the mean over all.
+    real actions (or tokens), not of its rows: only then do the parts add up to the mean over all.
     """
     merger = MetricMerger(_OVER_MICRO_BATCHES)
-    real = max(int(examples.mask_BH.sum()), 1)
+    real = max(float(weight_B.sum()), 1e-12)
     for piece in micro_batches(len(examples), micro_batch):
-        part = rows(examples, torch.arange(piece.start, piece.stop))
-        share = int(part.mask_BH.sum()) / real
+        part = examples.select(torch.arange(piece.start, piece.stop))
+        share = float(weight_B[piece].sum()) / real
         loss = loss_of(part, share)
         loss.value.backward()
         merger.add(loss.metrics, weight=share)
@@ -84,11 +85,12 @@ class SupervisedTerm:
     def backward(self, policy: Any, generator: torch.Generator, weight: float, micro_batch: int | None) -> dict[str, float]:
         """Add the term's gradient; its metrics, of which ``loss`` is weighted and ``supervised_loss`` is not."""
 
-        def loss_of(part: Examples, share: float) -> Loss:
+        def loss_of(part: Examples | Talks, share: float) -> Loss:
             loss = policy.supervised_loss(part, generator)
             return Loss(weight * share * loss.value, {**loss.metrics, "supervised_loss": loss.value.detach()})
 
-        return accumulate(self.source.batch(self.batch_size), micro_batch, loss_of)
+        examples = self.source.batch(self.batch_size)
+        return accumulate(examples, policy.supervised_weight(examples), micro_batch, loss_of)
 
 
 @dataclass
@@ -180,13 +182,13 @@ class SupervisedUpdate:
     micro_batch: int | None = None
 
     def run(self) -> dict[str, float]:
-        def loss_of(part: Examples, share: float) -> Loss:
+        def loss_of(part: Examples | Talks, share: float) -> Loss:
             return self.algorithm.loss(self.policy, part, share=share, generator=self.generator)
 
         examples = self.source.batch(self.algorithm.batch_size)
         self.optimization.zero_grad()
         with self.policy.compute_mode(train=True):
-            metrics = accumulate(examples, self.micro_batch, loss_of)
+            metrics = accumulate(examples, self.policy.supervised_weight(examples), self.micro_batch, loss_of)
         return metrics | _step(self.optimization, self.policy, metrics["loss"])
 
 

@@ -138,10 +138,6 @@ def concat(parts: list[Examples]) -> Examples:
     )
 
 
-def rows(examples: Examples, index_N: Tensor) -> Examples:
-    return Examples(examples.observation.select(index_N), examples.actions_BHA[index_N], examples.mask_BH[index_N])
-
-
 class ScriptedDemonstrations:
     """A fixed set of expert episodes."""
 
@@ -187,7 +183,7 @@ class ScriptedDemonstrations:
         return len(self._examples)
 
     def batch(self, size: int) -> Examples:
-        return rows(self._examples, torch.randint(len(self), (size,), generator=self._generator))
+        return self._examples.select(torch.randint(len(self), (size,), generator=self._generator))
 
     def state_dict(self) -> Mapping[str, Tensor]:
         return {"generator": self._generator.get_state()}
@@ -231,7 +227,7 @@ class ExpertStream:
             assert self._pool is not None
             taken = self._order[self._used : self._used + missing]
             self._used += len(taken)
-            parts.append(rows(self._pool, taken))
+            parts.append(self._pool.select(taken))
         return parts[0] if len(parts) == 1 else concat(parts)
 
     def _cursor(self) -> dict[str, Tensor]:

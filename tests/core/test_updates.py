@@ -46,6 +46,9 @@ class Linear(nn.Module):
         log_probs_NK = self.actor(x)
         return Evaluation(log_probs_NK, log_probs_NK.tanh(), self.critic(x))
 
+    def supervised_weight(self, examples: Examples) -> Tensor:
+        return examples.mask_BH.sum(1)
+
     def supervised_loss(self, examples: Examples, generator: torch.Generator) -> Loss:
         """The mean over the real actions, as the contract says; no noise, so that pieces can be compared."""
         error_BH = (self.imitator(examples.observation.state) - examples.actions_BHA[..., 0]).pow(2)
