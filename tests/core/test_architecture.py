@@ -49,6 +49,7 @@ RULES = {
     "mmrl.batching": CONTRACTS,
     "mmrl.workers": (*CONTRACTS, "mmrl.registry"),
     "mmrl.calling": (*CONTRACTS, "mmrl.registry"),
+    "mmrl.tool_use": (*CONTRACTS, "mmrl.answers", "mmrl.calling"),
     "policies": CONTRACTS,
     "simulators": (*CONTRACTS, "mmrl.workers", "mmrl.registry"),
     "tools": CONTRACTS,
