@@ -266,7 +266,8 @@ def parse_check(block: Any, references: Sequence[str]) -> Check:
     """
     block = {"kind": block} if isinstance(block, str) else block
     if not isinstance(block, Mapping) or not isinstance(block.get("kind"), str):
-        raise ValueError(f"'check' must be a mapping with a 'kind', such as {{kind: number, tolerance: 0.01}}, got {_short(block)}")
+        example = "{kind: number, tolerance: 0.01}"
+        raise ValueError(f"'check' must be a mapping with a 'kind', such as {example}, got {_short(block)}")
     if not references:
         raise ValueError("there is no reference to check against; give 'answer' or 'answers'")
     kind, fields = block["kind"], {key: value for key, value in block.items() if key != "kind"}
@@ -311,7 +312,9 @@ def _short(value: Any) -> str:
 
 
 # Kind -> the check, its keys (the field that each sets, and what refuses a wrong value), and whether a reference makes sense.
-_KINDS: Mapping[str, tuple[Callable[..., Any], Mapping[str, tuple[str, Callable[[str, Any], None]]], Callable[[Any, str], bool]]] = {
+_KINDS: Mapping[
+    str, tuple[Callable[..., Any], Mapping[str, tuple[str, Callable[[str, Any], None]]], Callable[[Any, str], bool]]
+] = {
     "exact": (Exact, {}, lambda check, reference: True),
     "normalised": (Normalised, {}, lambda check, reference: True),
     "choice": (Choice, {"options": ("options", _texts)}, lambda check, reference: check.chosen(reference) is not None),

@@ -161,7 +161,9 @@ def test_a_choice_may_be_given_by_letter_or_by_text() -> None:
     assert [lettered(text) for text in ("z", "Z.", "the answer is Z", "Y")] == [1, 1, 1, 0]
 
 
-@given(st.lists(st.text("abcdefg ", min_size=3, max_size=9).map(str.strip), min_size=2, max_size=6, unique_by=normalised), st.data())
+@given(
+    st.lists(st.text("abcdefg ", min_size=3, max_size=9).map(str.strip), min_size=2, max_size=6, unique_by=normalised), st.data()
+)
 def test_every_option_is_named_by_its_letter_and_by_its_text(options: list[str], data: st.DataObject) -> None:
     if any(len(option) < 2 for option in options):
         return
@@ -314,14 +316,14 @@ def test_checks_of_data_sets() -> None:
         ("zzz", ["7"], "check.kind 'zzz' is unknown; known are box, choice, exact, normalised, number"),
         ({"kind": "number", "tolerence": 1}, ["7"], "check.tolerence is no key of kind 'number'; did you mean 'tolerance'?"),
         ({"kind": "exact", "tolerance": 1}, ["7"], "check.tolerance is no key of kind 'exact'; it has no keys but 'kind'"),
-        ({"kind": "number", "tolerance": "1"}, ["7"], "check.tolerance must be a number that is not negative, got \"1\""),
+        ({"kind": "number", "tolerance": "1"}, ["7"], 'check.tolerance must be a number that is not negative, got "1"'),
         ({"kind": "number", "tolerance": -1}, ["7"], "check.tolerance must be a number that is not negative, got -1"),
         ({"kind": "number", "relative": True}, ["7"], "check.relative must be a number"),
         ({"kind": "box", "threshold": 2}, ["1 2 3 4"], "check.threshold must be above 0 and at most 1, got 2"),
-        ({"kind": "choice", "options": "xy"}, ["A"], "check.options must be a list of 2 to 26 texts, got \"xy\""),
+        ({"kind": "choice", "options": "xy"}, ["A"], 'check.options must be a list of 2 to 26 texts, got "xy"'),
         ({"kind": "choice", "options": ["x", "y"]}, ["C"], "the answer \"C\" cannot be read as check.kind 'choice' wants"),
         ("number", ["7", "seven"], "the answer \"seven\" cannot be read as check.kind 'number' wants"),
-        ("box", ["1 2 3"], "the answer \"1 2 3\" cannot be read"),
+        ("box", ["1 2 3"], 'the answer "1 2 3" cannot be read'),
         ("exact", [], "there is no reference to check against"),
     ],
 )
