@@ -266,9 +266,8 @@ def parse_check(block: Any, references: Sequence[str]) -> Check:
     """
     block = {"kind": block} if isinstance(block, str) else block
     if not isinstance(block, Mapping) or not isinstance(block.get("kind"), str):
-        raise ValueError(
-            f"'check' must be a mapping with a 'kind', such as {{kind: number, tolerance: 0.01}}, got {_short(block)}"
-        )
+        example = "{kind: number, tolerance: 0.01}"
+        raise ValueError(f"'check' must be a mapping with a 'kind', such as {example}, got {_short(block)}")
     if not references:
         raise ValueError("there is no reference to check against; give 'answer' or 'answers'")
     kind, fields = block["kind"], {key: value for key, value in block.items() if key != "kind"}

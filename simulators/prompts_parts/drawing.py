@@ -1,0 +1,134 @@
+"""What the questions' pictures are made of: colours, shapes, writing, backgrounds. The same pixels wherever Pillow is the same."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+Colour = tuple[int, int, int]
+Box = tuple[int, int, int, int]
+
+COLOURS: dict[str, Colour] = {
+    "red": (225, 35, 35),
+    "green": (30, 160, 50),
+    "blue": (40, 70, 225),
+    "yellow": (240, 210, 30),
+    "cyan": (30, 200, 215),
+    "purple": (165, 50, 200),
+    "orange": (245, 140, 25),
+    "black": (25, 25, 25),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+_GREY = 128
+_MARGIN = 0.12  # of a sign's side, around its writing
+_HALO = 0.09  # of a sign's side: how wide the halo of faded writing is
+_BOOST = 1.5  # of faded writing, of which the halo takes about half
+
+
+@functools.lru_cache(maxsize=64)
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, which is the same on every machine."""
+    found = ImageFont.load_default(size)
+    assert isinstance(found, ImageFont.FreeTypeFont)
+    return found
+
+
+@functools.lru_cache(maxsize=512)
+def writing(text: str, width: int, height: int) -> Image.Image:
+    """``text`` as large as it fits into the middle of a grey-level picture: 0 is paper, 255 is ink."""
+    left, top, right, bottom = font(100).getbbox(text)
+    size = max(4, int(100 * min(width / (right - left), height / (bottom - top))))
+    left, top, right, bottom = font(size).getbbox(text)
+    page = Image.new("L", (width, height))
+    at = ((width - left - right) / 2, (height - top - bottom) / 2)
+    ImageDraw.Draw(page).text(at, text, fill=255, font=font(size), stroke_width=size // 24)
+    return page
+
+
+@functools.lru_cache(maxsize=2048)
+def sign(kind: str, value: str, width: int, height: int, fading: bool) -> Image.Image:
+    """A small sign that shows ``value``: a dot of that colour if ``kind`` is colour, else writing.
+
+    fading: writing and dot have a halo that cancels them, so that the mean over a few pixels is the same grey whatever the value is:
+    they are there in the picture, and gone where it is shown small (as the fine half of a hybrid image: Oliva et al. 2006).
+    """
+    rim = round(min(width, height) * _MARGIN)
+    inner = (width - 2 * rim, height - 2 * rim)
+    ink = np.array(COLOURS[value] if kind == "colour" else (0, 0, 0), np.float32)
+    paper = np.array((_GREY,) * 3 if fading else (255,) * 3, np.float32)
+    strength = np.zeros((height, width, 1), np.float32)
+    strength[rim : height - rim, rim : width - rim, 0] = _dot(*inner, fading) if kind == "colour" else _ink(value, *inner)
+    if fading and kind != "colour":
+        whole = Image.fromarray((strength[..., 0] * 255).round().astype(np.uint8))
+        blurred = np.asarray(whole.filter(ImageFilter.GaussianBlur(min(width, height) * _HALO)), np.float32) / 255
+        strength = (strength - blurred[..., None]) * _BOOST
+    made = Image.fromarray(np.clip(paper + strength * (ink - paper), 0, 255).round().astype(np.uint8))
+    ImageDraw.Draw(made).rectangle((0, 0, width - 1, height - 1), outline=(60, 60, 60))
+    return made
+
+
+def _ink(text: str, width: int, height: int) -> np.ndarray:
+    return np.asarray(writing(text, width, height), np.float32) / 255
+
+
+def _dot(width: int, height: int, ringed: bool) -> np.ndarray:
+    """A dot of half the side, and around it a ring of the same area that is its negative."""
+    y, x = np.mgrid[:height, :width]
+    away = np.hypot(x - (width - 1) / 2, y - (height - 1) / 2)
+    radius = min(width, height) / 4
+    dot = away <= radius
+    return dot.astype(np.float32) - (ringed * ((away > radius) & (away <= radius * 2**0.5))).astype(np.float32)
+
+
+def shape(draw: ImageDraw.ImageDraw, name: str, box: Sequence[float], colour: Colour) -> None:
+    """One of SHAPES, filling a box."""
+    left, top, right, bottom = box
+    third = (right - left) / 3
+    if name == "circle":
+        draw.ellipse((left, top, right, bottom), fill=colour)
+    elif name == "square":
+        draw.rectangle((left, top, right, bottom), fill=colour)
+    elif name == "triangle":
+        draw.polygon(((left, bottom), (right, bottom), ((left + right) / 2, top)), fill=colour)
+    elif name == "cross":
+        draw.rectangle((left + third, top, right - third, bottom), fill=colour)
+        draw.rectangle((left, top + third, right, bottom - third), fill=colour)
+    else:
+        draw.ellipse((left, top, right, bottom), outline=colour, width=max(2, round(third * 0.7)))
+
+
+def pale(generator: random.Random) -> Colour:
+    """A light colour, for paper."""
+    return generator.randint(200, 250), generator.randint(200, 250), generator.randint(200, 250)
+
+
+def plain(generator: random.Random, size: int) -> Image.Image:
+    return Image.new("RGB", (size, size), pale(generator))
+
+
+def texture(generator: random.Random, size: int) -> Image.Image:
+    """Soft blotches of any colour."""
+    return Image.frombytes("RGB", (6, 6), generator.randbytes(108)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+# ---------------------------------------------------------------- letters that turn into one another
+
+
+@functools.cache
+def turning_letters(side: int) -> dict[str, Image.Image]:
+    """b, d, p and q, u and n as grey-level pictures, of which each is exactly another one turned by 180 degrees or mirrored."""
+    b, u = Image.new("L", (side, side)), Image.new("L", (side, side))
+    stroke = max(2, round(side * 0.16))
+    pen = ImageDraw.Draw(b)
+    pen.ellipse((round(side * 0.2), round(side * 0.4), round(side * 0.8), side - 1), outline=255, width=stroke)
+    pen.rectangle((round(side * 0.2), 0, round(side * 0.2) + stroke - 1, side - 1), fill=255)
+    pen = ImageDraw.Draw(u)
+    pen.arc((round(side * 0.2), round(side * 0.3), side - 1 - round(side * 0.2), side - 1), 0, 180, fill=255, width=stroke)
+    pen.rectangle((round(side * 0.2), round(side * 0.15), round(side * 0.2) + stroke - 1, round(side * 0.65)), fill=255)
+    u = ImageChops.lighter(u, u.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    across, over, half = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180
+    return {"b": b, "d": b.transpose(across), "p": b.transpose(over), "q": b.transpose(half), "u": u, "n": u.transpose(over)}
