@@ -416,6 +416,15 @@ class Examples:
         """The rows ``index_N`` (int64 [N]), in that order."""
         return Examples(self.observation.select(index_N), self.actions_BHA[index_N], self.mask_BH[index_N])
 
+    @staticmethod
+    def concat(parts: Sequence[Examples]) -> Examples:
+        """One after the other."""
+        return Examples(
+            Observation.concat([part.observation for part in parts]),
+            torch.cat([part.actions_BHA for part in parts]),
+            torch.cat([part.mask_BH for part in parts]),
+        )
+
 
 @dataclass(frozen=True)
 class Talks:
@@ -428,6 +437,11 @@ class Talks:
 
     def select(self, index_N: Tensor) -> Talks:
         return Talks(tuple(self.conversations[i] for i in index_N.tolist()))
+
+    @staticmethod
+    def concat(parts: Sequence[Talks]) -> Talks:
+        """One after the other."""
+        return Talks(tuple(talk for part in parts for talk in part.conversations))
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ class DetailQuestions:
         """What signs show: digit, letter, colour, number (three digits), word."""
         size: int = Field(default=504, ge=56)
         """Side of the picture, in pixels. Shown with a ninth of it or less, signs of the default size cannot be read."""
-        grid: Literal[2, 3] = 3
-        """Fields along a side; each sign has a field of its own."""
+        grid: Literal[1, 2, 3] = 3
+        """Fields along a side; each sign has a field of its own. With one, the sign is anywhere, and nothing is held out."""
         sign: tuple[int, int] = (28, 40)
         """Smallest and largest height of a sign, in pixels."""
         signs: tuple[int, int] = (1, 3)

@@ -126,16 +126,7 @@ def _record_all(environment: Environment, task_ids_M: Tensor, horizon: int, **op
     for tasks in task_ids_M.split(environment.num_envs):
         filled_B = torch.cat([tasks, tasks[-1:].expand(environment.num_envs - len(tasks))])
         parts.append(record(environment, filled_B, horizon, slots=len(tasks), **options))
-    return concat(parts)
-
-
-def concat(parts: list[Examples]) -> Examples:
-    """One after the other."""
-    return Examples(
-        Observation.concat([part.observation for part in parts]),
-        torch.cat([part.actions_BHA for part in parts]),
-        torch.cat([part.mask_BH for part in parts]),
-    )
+    return Examples.concat(parts)
 
 
 class ScriptedDemonstrations:
@@ -228,7 +219,7 @@ class ExpertStream:
             taken = self._order[self._used : self._used + missing]
             self._used += len(taken)
             parts.append(self._pool.select(taken))
-        return parts[0] if len(parts) == 1 else concat(parts)
+        return parts[0] if len(parts) == 1 else Examples.concat(parts)
 
     def _cursor(self) -> dict[str, Tensor]:
         return {"generator": self._generator.get_state(), "next_task": torch.tensor(self._next_task)}
@@ -251,7 +242,7 @@ class ExpertStream:
                     generator=self._generator,
                 )
             )
-        self._pool, self._used = concat(parts), 0
+        self._pool, self._used = Examples.concat(parts), 0
         self._order = torch.randperm(len(self._pool), generator=self._generator)
 
     def state_dict(self) -> Mapping[str, Tensor]:
