@@ -103,15 +103,16 @@ class CodeVision:
     def _terms(self, transcript: Transcript, mark: float, necessary: float) -> dict[str, float]:
         wanted = expected(transcript.question)
         used = [name for call in transcript.calls if (name := operation(call)) is not None]
-        core, others = {name for name in used if is_core(name)}, {name for name in used if not is_core(name)}
-        mandatory = _mandatory(transcript, wanted, core)
+        core, wanted_core = ({name for name in names if is_core(name)} for names in (used, wanted))
+        others = {name for name in used if not is_core(name)} - wanted
+        mandatory = _mandatory(transcript, wanted, set(used))
         shut = CROP in wanted and mandatory < GATE
         return {
             "accuracy": mark * mandatory if shut else mark,
             "form": float(well_formed(transcript, self.config)),
             "mandatory": mandatory,
             "necessary": 0.0 if shut else necessary,
-            "exact": self.config.exact if wanted and core == wanted else 0.0,
+            "exact": self.config.exact if wanted_core and core == wanted_core else 0.0,
             "emerging": self.config.emerging if others and self._answers.correct(mark) else 0.0,
             "usage": float(max(0, len(transcript.calls) - max(2, len(wanted)))),
             "spurious": 0.0 if any(map(turns, wanted)) else float(sum(map(turns, used))),

@@ -1,8 +1,8 @@
 """Whether what a tool gave holds the evidence for an answer, judged from the tool's output and never from what the policy says.
 
 The evidence is what ``Question.details`` know: a ``box`` in the question's first picture, ``evidence`` texts or ids of documents,
-and, where there is no box, ``operations`` that put the picture right. A box or a turned picture, and texts, are two ways to the
-same answer (one looks, the other reads): one of them is enough.
+and, where there is no box or it is most of the picture, ``operations`` that put the picture right. A box or a turned picture, and
+texts, are two ways to the same answer (one looks, the other reads): one of them is enough.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Box = tuple[float, float, float, float]
 Measure = Literal["containment", "iou"]
 
 CONTAINED = 0.8  # share of the box that a picture must show for it to hold the evidence
-LARGEST = 0.5  # share of the first picture above which a cut shows the box no better than the picture did,
-ROOMY = 4.0  # but a cut is never too large that is at most so many times the box
+LARGEST = 0.5  # share of the first picture above which a box is no detail, and a cut shows a detail no better than the picture,
+ROOMY = 1.5  # but a cut is never too large that is at most so many times the box
 _UPRIGHT = math.cos(math.radians(15))  # how exactly a picture must be turned
 
 # Linear parts (a, b, d, e) of the map from a picture that was turned or mirrored into the one before.
@@ -64,8 +64,14 @@ def derived_pictures(transcript: Transcript, call: CallRecord) -> list[Picture]:
 
 
 def expected_box(question: Question) -> Box | None:
-    box = question.details.get("box")
-    return None if box is None else tuple(float(edge) for edge in box)  # type: ignore[return-value]
+    """The box of a detail; None where there is none, or it is most of the picture."""
+    known, first = question.details.get("box"), first_picture(question)
+    if known is None:
+        return None
+    left, top, right, bottom = (float(edge) for edge in known)
+    box = left, top, right, bottom
+    whole = first is not None and area(box) > LARGEST * first.image.width * first.image.height
+    return None if whole else box
 
 
 def picture_score(transcript: Transcript, call: CallRecord, measure: Measure = "containment") -> float | None:

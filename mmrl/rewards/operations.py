@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mmrl.rewards.evidence import expected_box
 from mmrl.transcripts import CallRecord, Question
 
 CROP = "crop"
@@ -40,6 +41,6 @@ def is_core(name: str) -> bool:
 
 
 def expected(question: Question) -> frozenset[str]:
-    """What undoes the first picture's corruption, and crop where the evidence has a box."""
-    crop = {CROP} if question.details.get("box") is not None else set()
+    """What undoes the first picture's corruption, and crop where the evidence is a detail that has a box."""
+    crop = set() if expected_box(question) is None else {CROP}
     return frozenset(question.details.get("operations", ())) | crop
