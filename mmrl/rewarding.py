@@ -112,10 +112,10 @@ class Scorer:
         columns = [self._ask(block, reward, rollout, metrics) for block, reward in self._rewards]
         own = rollout.rewards_TB.double() * rollout.valid_TB
         columns.append(_Scores(self._environment, own, torch.zeros_like(columns[0].failed_M)))
-        columns = [column for column in columns if column.weight]
-        failed_M = torch.stack([column.failed_M for column in columns]).any(0) if columns else torch.zeros(0, dtype=torch.bool)
+        counted = [column for column in columns if column.weight]
+        failed_M = torch.stack([column.failed_M & (column.weight != 0) for column in columns]).any(0)
         rewards_TB = torch.zeros_like(own)
-        for column in columns:
+        for column in counted:
             on_scale_TB = _normalised(column.places_TB, episodes, ~failed_M) if self._normalise else column.places_TB
             rewards_TB += column.weight * on_scale_TB
         metrics["rollout/unscored_episodes"] = float(failed_M.sum())
