@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 from mmrl.component import Component, Problems, jsonable, merge, validate
 from mmrl.errors import ConfigError
 from mmrl.optim import OptimizerConfig
+from mmrl.protocols import AsyncEnvironment
 from mmrl.rewarding import RewardBlock
 from mmrl.transcripts import TalkingEnvironment
 
@@ -369,6 +370,9 @@ def _rewards(config: RunConfig, stage: StageConfig) -> Iterator[str]:
         yield f"unused key '{key}.rewards': '{key}.algorithm' is {stage.algorithm.target}, which learns from no rollout"
     if not issubclass(config.environment.cls, TalkingEnvironment):
         yield f"'{key}.rewards' judge conversations, and 'environment.target' ({config.environment.target}) has none"
+    alone = stage.collect is None or stage.collect.parts == 1 or issubclass(config.environment.cls, AsyncEnvironment)
+    if not alone:
+        yield f"'{key}.collect.parts' needs processes that hand over no conversation for '{key}.rewards'; set it to 1"
     if stage.collect is not None and stage.collect.auto_reset:
         yield f"'{key}.collect.auto_reset' is true, but '{key}.rewards' judge whole episodes; set it to false"
     for name in sorted({name for name in names if names.count(name) > 1}):
