@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,26 @@ class Chooser(nn.Module):
 
     def compute_mode(self, *, train: bool) -> nullcontext[None]:
         return nullcontext()
+
+
+class Critic(Chooser):
+    """The same with a critic, which knows one number."""
+
+    has_critic = True
+
+    def __init__(self, config: Chooser.Config, *, device: torch.device) -> None:
+        super().__init__(config, device=device)
+        self.worth = nn.Parameter(torch.zeros((), device=device))
+
+    def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
+        return replace(super().act(observation, draws, explore=explore), values_B=self.value(observation, draws))
+
+    def value(self, observation: Observation, draws: Draws) -> Tensor:
+        return self.worth.detach().expand(observation.batch_size)
+
+    def evaluate(self, trace: Mapping[str, Any]) -> Evaluation:
+        scored = super().evaluate(trace)
+        return replace(scored, values_NJ=self.worth.expand_as(trace["choice"]))
 
 
 class Asking:
@@ -146,7 +167,7 @@ class Flaky:
         return [float("nan") if self.config.always or each.task_id % 10 == 3 else 1.0 for each in transcripts]
 
 
-FAKES = {"fake:Chooser": Chooser, "fake:Asking": Asking, "fake:Mute": Mute, "fake:Flaky": Flaky}
+FAKES = {"fake:Chooser": Chooser, "fake:Critic": Critic, "fake:Asking": Asking, "fake:Mute": Mute, "fake:Flaky": Flaky}
 REAL = component.resolve
 RUN = """
 name: asking
@@ -279,6 +300,13 @@ def test_a_reward_that_always_fails_stops_the_run(path: Path, tmp_path: Path) ->
     assert str(error.value) == (
         "stage 'improve', iteration 1: 'stages.improve.rewards.flaky' could score none of 32 episodes: the judge is out"
     )
+
+
+def test_an_algorithm_that_cuts_episodes_plays_them_whole_for_rewards(path: Path, tmp_path: Path) -> None:
+    ppo = "stages.improve.algorithm={target: 'mmrl.algorithms.ppo:PPO'}"
+    overrides = [ppo, "stages.improve.iterations=2", "policy.target=fake:Critic"]
+    found = rows(train(config.load(path, overrides), tmp_path / "run", Quiet()))
+    assert [row["rollout/episodes"] + row["rollout/unscored_episodes"] for row in found] == [32, 32]
 
 
 class Noting(Quiet):
