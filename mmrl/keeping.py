@@ -2,12 +2,12 @@
 
 A file holds what is said ``about`` its episode, then ``answer``, ``references``, ``mark``, ``ended``, ``evidence`` (a box of the
 first picture, or null), ``pictures`` and ``messages``. Pictures have the numbers, from 0, in which the conversation showed them:
-``file``, ``width`` and ``height`` of the original, and what it was made from, ``source`` (a number, or null) with the ``box`` there.
+``file``, the original's ``width`` and ``height``, ``source`` (the number of the one it was made from, or null) and ``box`` there.
 
-A message has its ``role`` and ``parts`` (text, or the number of a picture). One of the policy has ``finish`` and ``calls`` as well:
-``name``, ``arguments``, ``error``, ``seconds``, ``rewards``, ``metrics`` and ``reply``, the place of the message that says what the
-call gave; where there is none, ``text`` says it. After training it also has ``reward``, ``advantage`` and ``tokens``: of each its
-text, its log-probability when it was drawn, and its advantage. An advantage of null carries no loss.
+A message has its ``role`` and ``parts`` (text, or the number of a picture). One of the policy also has ``finish`` and ``calls``:
+``name``, ``arguments``, ``error``, ``seconds``, ``rewards``, ``metrics`` and ``reply``, the place of the message that says what
+the call gave; where there is none, ``text`` says it. After training it has ``reward``, ``advantage`` and ``tokens`` as well: of
+each its text, its log-probability when it was drawn, and its advantage. An advantage of null carries no loss.
 """
 
 from __future__ import annotations

@@ -301,8 +301,8 @@ class EpisodeRecord:
     """M finished episodes: task id, undiscounted return, success, env steps, and any further metric at the end, each [M].
 
     spans_M3: int64, the slot of a rollout, the first and the last decision of each; None: they are of no rollout.
-    transcripts: of each, where the environment talks; else empty. scores: what each of the stage's rewards gave, before its weight;
-    a failed score is NaN.
+    transcripts: of each, where the environment talks; else empty. scores: what each reward gave before its weight, NaN where it
+    failed.
     """
 
     task_ids_M: Tensor

@@ -96,7 +96,7 @@ class ChatConfig:
 
 
 class ChatPolicy(nn.Module, ABC):
-    """See the module. Satisfies LikelihoodPolicy, ValuePolicy, LegiblePolicy and, of Talks, SupervisedPolicy of mmrl.protocols."""
+    """See the module. Satisfies LikelihoodPolicy, ValuePolicy, LegiblePolicy and SupervisedPolicy (of Talks)."""
 
     horizon, execute = 1, 1
     kind: str  # in the fingerprint
