@@ -155,7 +155,7 @@ class Keeper:
         for t, turn in enumerate(transcript.turns, first):
             kept = bool(advantages.keep_TB[t, slot] & rollout.valid_TB[t, slot])
             worth = _known(advantages.advantages_TB[t, slot]) if kept else None
-            about = {"reward": _known(rollout.rewards_TB[t, slot]), "advantage": worth}
+            about: dict[str, Any] = {"reward": _known(rollout.rewards_TB[t, slot]), "advantage": worth}
             ids = turn.message.token_ids
             if self._legible is not None and ids:
                 trained_K = rollout.mask_TBK[t, slot, : len(ids)].tolist()

@@ -297,7 +297,7 @@ class ChatPolicy(nn.Module, ABC):
         return texts
 
     def _decoded(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @torch.no_grad()
     def value(self, observation: Observation, draws: Draws) -> Tensor:
