@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from mmrl.component import Component
-from mmrl.config import StageConfig
+from mmrl.config import ScoringConfig, StageConfig
+from mmrl.conversing import ToolWatch, talk_metrics
 from mmrl.errors import ConfigError
 from mmrl.optim import Optimization
 from mmrl.protocols import AdaptivePolicy, Environment, ExampleSource
+from mmrl.rewarding import Scorer
 from mmrl.rollout import Collector, episode_metrics
 from mmrl.seeding import Streams, derive_seed
 from mmrl.updates import RolloutUpdate, SupervisedTerm, SupervisedUpdate
@@ -28,7 +30,8 @@ STATISTICS_EXAMPLES = 4096  # examples a policy without normalisation statistics
 class Setting:
     """What a stage gives its learner. ``where`` names the stage in messages, ``index`` is its place in the run.
 
-    make_environments: takes how many, and in how many parts that simulate beside one another (see build_parts).
+    make_environments: takes how many, and in how many parts that simulate beside one another (see build_parts). note:
+    takes a sentence that a person should read.
     """
 
     where: str
@@ -40,6 +43,7 @@ class Setting:
     device: torch.device
     make_environments: Callable[[int, int], Sequence[Environment]]
     make_source: Callable[[str, Component], ExampleSource]
+    note: Callable[[str], None]
 
     def optimization(self, total_updates: int) -> Optimization:
         config = self.config
@@ -100,7 +104,8 @@ class RolloutLearner(Learner):
         assert config.collect is not None
         self._policy = policy
         self._value = policy.value if "critic" in algorithm.needs else None
-        reset = not algorithm.whole_episodes if config.collect.auto_reset is None else config.collect.auto_reset
+        whole = algorithm.whole_episodes or bool(config.rewards)
+        reset = not whole if config.collect.auto_reset is None else config.collect.auto_reset
         self._environments = setting.make_environments(config.collect.num_envs, config.collect.parts)
         self._collector = Collector(
             self._environments,
@@ -112,6 +117,10 @@ class RolloutLearner(Learner):
         )
         # Another seed of the run, and another stage, means other tasks.
         self._collector.next_task = derive_seed(setting.streams.seed, "tasks", setting.index) % 2**40 + 2**32
+        scoring = config.scoring or ScoringConfig()
+        self._scorer = Scorer(config.rewards, f"{setting.where}.rewards", scoring.combine, scoring.environment)
+        self._watch = ToolWatch()
+        self._note = setting.note
         supervised = _supervised(setting)  # may give the policy its statistics, so before the reference copies it
         self._reference = policy.reference() if algorithm.uses_reference else None
         self.optimization = setting.optimization(config.iterations * algorithm.epochs * algorithm.minibatches)
@@ -130,6 +139,11 @@ class RolloutLearner(Learner):
     def iterate(self, iteration: int) -> dict[str, float]:
         times = [time.perf_counter()]
         rollout = self._collector.collect(self._policy, self._value)
+        talk = talk_metrics(rollout.episodes.transcripts)
+        if warning := self._watch.see(talk.get("agent/tool_rate")):
+            self._note(warning)
+        times.append(time.perf_counter())
+        rollout, rewards = self._scorer.score(rollout)
         times.append(time.perf_counter())
         batch, advantages = self._update.prepare(rollout)
         times.append(time.perf_counter())
@@ -137,9 +151,11 @@ class RolloutLearner(Learner):
         if isinstance(self._policy, AdaptivePolicy):
             self._policy.adapt(batch.trace)
         times.append(time.perf_counter())
-        collect, score, update = (later - earlier for earlier, later in pairwise(times))
+        collect, reward, score, update = (later - earlier for earlier, later in pairwise(times))
         return {
             **episode_metrics(rollout.episodes),
+            **talk,
+            **rewards,
             **grouped(metrics),
             **{f"advantages/{name}": number for name, number in advantages.metrics.items()},
             "rollout/decisions": float(rollout.decisions),
@@ -147,8 +163,9 @@ class RolloutLearner(Learner):
             "rollout/lost_episodes": float(rollout.lost),
             "rollout/trained_decisions": float(len(batch)),
             "speed/env_steps_per_s": rollout.env_steps / collect,
-            "speed/decisions_per_s": rollout.decisions / (collect + score + update),
+            "speed/decisions_per_s": rollout.decisions / (collect + reward + score + update),
             "seconds/collect": collect,
+            "seconds/reward": reward,
             "seconds/score": score,
             "seconds/update": update,
         }
@@ -157,10 +174,12 @@ class RolloutLearner(Learner):
         return {} if self._reference is None else {"reference": self._reference.state_dict()}
 
     def meta(self) -> dict[str, Any]:
-        return {"next_task": self._collector.next_task}
+        return {"next_task": self._collector.next_task, "tool_watch": self._watch.state()}
 
     def restore(self, sections: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
         self._collector.next_task = int(meta["next_task"])
+        if "tool_watch" in meta:  # runs that are older have none
+            self._watch.restore(meta["tool_watch"])
         if self._reference is not None:
             self._reference.load_state_dict(sections["reference"])
 

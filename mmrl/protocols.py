@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrl.numerics.draws import Draws
+from mmrl.transcripts import Transcript
 from mmrl.types import (
     ActionSpec,
     Batch,
@@ -329,7 +330,23 @@ class Tool(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+@runtime_checkable
 class Reward(Protocol):
-    """Scores a whole rollout's episodes; a failed score is NaN, which masks the sample and is counted."""
+    """Scores conversations. Built as ``cls(config)``.
 
-    def __call__(self, rollout: Rollout) -> Tensor: ...
+    It may have a ``failure``, a sentence that says why the last score that failed did, and ``terms``, name -> mean of what its
+    last scores were made of, for the log.
+    """
+
+    def __call__(self, transcripts: Sequence[Transcript], /) -> Sequence[float]:
+        """A score for each conversation of a rollout; those of one task_id are a group. NaN: scoring failed, never a silent 0."""
+        ...
+
+
+@runtime_checkable
+class TurnReward(Protocol):
+    """Scores the turns of conversations. Built as ``cls(config)``, and with what else a Reward may have."""
+
+    def per_turn(self, transcripts: Sequence[Transcript], /) -> Sequence[Sequence[float]]:
+        """A score for each turn of each conversation; a NaN among them means that scoring this conversation failed."""
+        ...

@@ -18,6 +18,7 @@ from torch import Tensor
 from mmrl.columns import Column, Values, apply, put
 from mmrl.messages import Message
 from mmrl.numerics.losses import Loss as Loss  # every part of mmrl finds it here
+from mmrl.transcripts import Transcript
 
 Action = Tensor | Column  # [B, C, A] numbers, or a column of B messages: whatever the environment executes
 Conversation = tuple[Message, ...]  # append-only: what was said stands as it is
@@ -297,16 +298,26 @@ class Packing:
 
 @dataclass(frozen=True)
 class EpisodeRecord:
-    """M finished episodes: task id, undiscounted return, success, env steps, and any further metric at the end, each [M]."""
+    """M finished episodes: task id, undiscounted return, success, env steps, and any further metric at the end, each [M].
+
+    spans_M3: int64, the slot of a rollout, the first and the last decision of each; None: they are of no rollout.
+    transcripts: of each, where the environment talks; else empty.
+    """
 
     task_ids_M: Tensor
     returns_M: Tensor
     success_M: Tensor
     lengths_M: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    spans_M3: Tensor | None = None
+    transcripts: tuple[Transcript, ...] = ()
 
     def __post_init__(self) -> None:
         m = self.task_ids_M.shape[0]
+        if self.spans_M3 is not None:
+            _expect("EpisodeRecord", "spans_M3", self.spans_M3, m, 3)
+        if self.transcripts and len(self.transcripts) != m:
+            raise ShapeError(f"EpisodeRecord has {m} episodes and {len(self.transcripts)} transcripts")
         for name in ("returns_M", "success_M", "lengths_M"):
             _expect("EpisodeRecord", name, getattr(self, name), m)
         for name, value in self.metrics.items():
@@ -319,6 +330,8 @@ class EpisodeRecord:
             self.success_M[index_M],
             self.lengths_M[index_M],
             {name: value[index_M] for name, value in self.metrics.items()},
+            None if self.spans_M3 is None else self.spans_M3[index_M],
+            tuple(self.transcripts[m] for m in index_M.tolist()) if self.transcripts else (),
         )
 
     @staticmethod
@@ -329,6 +342,8 @@ class EpisodeRecord:
             torch.cat([part.success_M for part in parts]),
             torch.cat([part.lengths_M for part in parts]),
             {name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics},
+            None if parts[0].spans_M3 is None else torch.cat([part.spans_M3 for part in parts if part.spans_M3 is not None]),
+            tuple(transcript for part in parts for transcript in part.transcripts),
         )
 
 

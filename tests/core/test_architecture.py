@@ -26,6 +26,7 @@ CONTRACTS = (
     "mmrl.protocols",
     "mmrl.numerics",
     "mmrl.errors",
+    "mmrl.caching",
     "mmrl.component",
 )
 FREE = ("mmrl",)  # the trainer, the command line and what serves them: all of mmrl, but nothing outside it
@@ -40,6 +41,7 @@ RULES = {
     "mmrl.types": ("mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.transcripts"),
     "mmrl.protocols": ("mmrl.types", "mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.transcripts"),
     "mmrl.errors": (),
+    "mmrl.caching": ("mmrl.errors",),
     "mmrl.registry": ("mmrl.errors",),
     "mmrl.component": ("mmrl.errors", "mmrl.registry"),
     "mmrl.algorithms": CONTRACTS,

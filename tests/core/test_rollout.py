@@ -40,7 +40,7 @@ class Moment:
 class ScriptedEnvironment:
     """Task i plays ``scripts[i % len(scripts)]``: the rewards of its actions, and whether its end is a truncation.
 
-    An action adds its value to the reward, and so does its slot's ``bias``. It keeps a transcript, a list of moments a ``step``.
+    An action adds its value to the reward, and so does its slot's ``bias``. ``seen``: a list of moments a ``step``.
     """
 
     scripts: list[tuple[list[float], bool]]
@@ -49,7 +49,7 @@ class ScriptedEnvironment:
     action_spec: ActionSpec = field(default_factory=lambda: ActionSpec(1, (-1.0,), (1.0,)))
     bias: list[float] | None = None
     resets: list[tuple[list[int], list[bool]]] = field(default_factory=list)
-    transcript: list[list[Moment]] = field(default_factory=list)
+    seen: list[list[Moment]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.task, self.clock = [0] * self.num_envs, [0] * self.num_envs
@@ -84,7 +84,7 @@ class ScriptedEnvironment:
             terminated.append(done and not ends_by_time)
             truncated.append(done and ends_by_time)
             moments.append(Moment(slot, self.task[slot], before, self.clock[slot], total, terminated[-1], truncated[-1]))
-        self.transcript.append(moments)
+        self.seen.append(moments)
         end = torch.tensor(terminated)
         metrics = {"success": end.float(), "clock": torch.tensor(self.clock, dtype=torch.float32)}
         return Step(self._observe(), rewards_BC, valid_BC, end, torch.tensor(truncated), metrics)
@@ -253,7 +253,7 @@ def test_parts_that_end_early_are_filled_up() -> None:
     rollout = collector.collect(untyped(ScriptedPolicy()))
     assert rollout.valid_TB.tolist() == [[True] * 3, [True] * 3, [False, False, True]]
     assert rollout.rewards_TB.tolist() == [[3, 3, 4], [3, 3, 4], [0, 0, 4]]
-    assert [len(environment.transcript) for environment in environments] == [2, 3]
+    assert [len(environment.seen) for environment in environments] == [2, 3]
 
 
 def test_random_numbers_are_those_of_the_episode_and_its_decision() -> None:
@@ -303,9 +303,9 @@ def test_nobody_acts_for_slots_that_are_idle() -> None:
 
 
 def naive_advantages(environment: ScriptedEnvironment, gamma: float, lam: float) -> dict[tuple[int, int, int], float]:
-    """(slot, task, step before) -> advantage, from the environment's transcript: episode by episode, by the definition."""
+    """(slot, task, step before) -> advantage, from what the environment saw: episode by episode, by the definition."""
     episodes: dict[tuple[int, int], list[Moment]] = {}
-    for moments in environment.transcript:
+    for moments in environment.seen:
         for moment in moments:
             if moment.after > moment.before:
                 episodes.setdefault((moment.slot, moment.task), []).append(moment)

@@ -17,8 +17,8 @@ ROBOTS: tuple[Row, ...] = (
     (
         "rollout: a lost episode is recorded as a failure",
         "mmrl/rollout.py",
-        "self.finish(step, ended_B & ~step.lost_B, task_ids_B)",
-        "self.finish(step, ended_B, task_ids_B)",
+        "self.finish(t, step, ended_B & ~step.lost_B, task_ids_B)",
+        "self.finish(t, step, ended_B, task_ids_B)",
         f"{_LOST}::test_a_lost_episode_is_invalid_from_its_first_decision_and_the_slot_goes_on",
     ),
     (
