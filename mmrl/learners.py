@@ -16,9 +16,11 @@ from mmrl.component import Component
 from mmrl.config import StageConfig
 from mmrl.errors import ConfigError
 from mmrl.optim import Optimization
-from mmrl.protocols import AdaptivePolicy, Environment, ExampleSource
+from mmrl.protocols import AdaptivePolicy, Environment, ExampleSource, SelectiveAlgorithm
+from mmrl.refilling import Gathered, counted, gather_rollout
 from mmrl.rollout import Collector, episode_metrics
 from mmrl.seeding import Streams, derive_seed
+from mmrl.types import Rollout
 from mmrl.updates import RolloutUpdate, SupervisedTerm, SupervisedUpdate
 
 STATISTICS_EXAMPLES = 4096  # examples a policy without normalisation statistics takes them from
@@ -129,9 +131,9 @@ class RolloutLearner(Learner):
 
     def iterate(self, iteration: int) -> dict[str, float]:
         times = [time.perf_counter()]
-        rollout = self._collector.collect(self._policy, self._value)
+        played = self._gather()
         times.append(time.perf_counter())
-        batch, advantages = self._update.prepare(rollout)
+        batch, advantages = self._update.prepare(played.rollout)
         times.append(time.perf_counter())
         metrics = self._update.run(batch, iteration)
         if isinstance(self._policy, AdaptivePolicy):
@@ -139,19 +141,30 @@ class RolloutLearner(Learner):
         times.append(time.perf_counter())
         collect, score, update = (later - earlier for earlier, later in pairwise(times))
         return {
-            **episode_metrics(rollout.episodes),
+            **episode_metrics(played.episodes),
             **grouped(metrics),
             **{f"advantages/{name}": number for name, number in advantages.metrics.items()},
-            "rollout/decisions": float(rollout.decisions),
-            "rollout/env_steps": float(rollout.env_steps),
-            "rollout/lost_episodes": float(rollout.lost),
+            **{f"rollout/{name}": number for name, number in played.metrics.items()},
+            "rollout/decisions": float(played.decisions),
+            "rollout/env_steps": float(played.env_steps),
+            "rollout/lost_episodes": float(played.lost),
             "rollout/trained_decisions": float(len(batch)),
-            "speed/env_steps_per_s": rollout.env_steps / collect,
-            "speed/decisions_per_s": rollout.decisions / (collect + score + update),
+            "speed/env_steps_per_s": played.env_steps / collect,
+            "speed/decisions_per_s": played.decisions / (collect + score + update),
             "seconds/collect": collect,
             "seconds/score": score,
             "seconds/update": update,
         }
+
+    def _gather(self) -> Gathered:
+        def collect() -> Rollout:
+            return self._collector.collect(self._policy, self._value)
+
+        algorithm = self._update.algorithm
+        if isinstance(algorithm, SelectiveAlgorithm) and algorithm.max_refills:
+            return gather_rollout(collect, algorithm.taught, algorithm.max_refills)
+        rollout = collect()
+        return counted(rollout, [rollout], {})
 
     def sections(self) -> dict[str, Mapping[str, Tensor]]:
         return {} if self._reference is None else {"reference": self._reference.state_dict()}

@@ -120,7 +120,7 @@ def test_the_reference_is_asked_for_only_with_a_kl_term() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"group_size": 1}, {"success_range": (0.7, 0.3)}, {"success_range": (0.1, 1.1)}, {"gamma": 1}]
+    "fields", [{"group_size": 1}, {"success_range": (0.7, 0.3)}, {"success_range": (0.1, 1.1)}, {"lam": 0.9}]
 )
 def test_impossible_settings_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises((ValidationError, TypeError)):
