@@ -17,7 +17,7 @@ papers they come from:
 Where the decisions of a sample are worth different amounts, GSPO's one ratio weighs and clips each unit with the advantage of its
 own (GSPO-token). ``kl_in: reward`` takes c_KL KL off the rewards, unit by unit, before anything is made of them, as RLHF does;
 the KL is then that of the rollout's policy, and no gradient runs through it. A KL in the loss is averaged as ``reduce`` says, the
-entropy over units. Departure: an average over samples is over those that are trained, where TRL's also counts the rest.
+entropy over units; ``kl_corrected`` is DeepSeek-V3.2's (arXiv 2512.02556; TRL does so unless told otherwise). Departure: an average over samples is over those that are trained, where TRL's also counts the rest.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class PolicyGradientConfig:
     """Schulman's estimator of that KL; in rewards, k1 is the usual one."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Whether the KL is a term of the loss, or taken off the rewards."""
+    kl_corrected: bool = False
+    """Weigh each unit's KL in the loss by its ratio, so that the gradient is the KL's although the rollout's policy drew it."""
     max_kl: float | None = Field(default=None, gt=0)
     """Leave out the remaining updates of a rollout once the approximate KL to the rollout policy exceeds this."""
 
@@ -78,6 +80,8 @@ class PolicyGradientConfig:
             raise ValueError(f"units_per_sample is set, but reduce '{self.reduce}' does not read it; set reduce: constant")
         if self.kl_in == "reward" and self.kl_weight == 0:
             raise ValueError("kl_in is 'reward', but kl_weight is 0, so that there is no KL; raise kl_weight")
+        if self.kl_corrected and (self.kl_in == "reward" or self.kl_weight == 0):
+            raise ValueError("kl_corrected weighs a KL in the loss; set kl_in: loss and kl_weight above 0, or leave it out")
         return self
 
 
@@ -125,9 +129,11 @@ def policy_loss(config: PolicyGradientConfig, scored: Evaluation, batch: Batch, 
     metrics |= {"policy_loss": surrogate.value.detach(), "entropy": entropy.detach()}
     if batch.reference_log_probs_NK is not None:
         kl = kl_estimate(scored.log_probs_NK, batch.reference_log_probs_NK, kind=config.kl_kind)
+        metrics["kl_reference"] = masked.sum(kl, mask).detach() / context.units
+        if config.kl_corrected:
+            kl = kl * masked.fill(scored.log_probs_NK - batch.old_log_probs_NK, mask).exp()
         if config.kl_in == "loss":
             kl_mean = reduce_units(kl, mask, reduce=config.reduce, normalizer=normalizer)
             value = value + config.kl_weight * kl_mean
-        metrics["kl_reference"] = masked.sum(kl, mask).detach() / context.units
     mean, largest = importance_mismatch(scored.log_probs_NK, batch.old_log_probs_NK, mask)
     return Loss(value, metrics | {"log_prob_gap": mean, "log_prob_gap_max": largest})
