@@ -99,7 +99,7 @@ def by_state(episodes: Episodes, *, scale: str, baseline: str, step_weight: floa
     if episodes.anchor_TB is None:
         raise ConfigError(
             "'credit' is 'gigpo', which compares decisions made in the same state, but the environment gives its states no keys "
-            "(Observation.anchors_B); use 'turn' or 'episode'"
+            "(Observation.anchors_B; with 'collect.parts' above 1 they are not passed on); use 'turn' or 'episode'"
         )
     whole_TB, _ = by_episode(episodes, scale=scale, baseline=baseline, step_weight=step_weight, eps=eps)
     steps_TB, metrics = _among_peers(episodes, episodes.anchor_TB, scale=scale, baseline=baseline, eps=eps)

@@ -88,6 +88,12 @@ def test_groups_whose_success_rate_is_out_of_range_are_left_out_and_counted_apar
     assert bounds.keep_TB[0].tolist() == [True] * 12 + [False] * 4
 
 
+def test_turns_after_the_end_make_no_spread() -> None:
+    """Every decision has a return of 1 from there on, as long as there are any."""
+    result = grpo(credit="turn").advantages(rollout([1.0] * 4, [1, 2, 3, 3]))
+    assert not result.keep_TB.any() and result.metrics["groups_without_spread"] == 1
+
+
 def test_the_order_of_groups_and_of_episodes_within_a_group_does_not_matter() -> None:
     returns = torch.rand(16).tolist()
     lengths = torch.randint(1, 4, (16,)).tolist()
