@@ -316,6 +316,9 @@ class SelectiveAlgorithm(Protocol):
     """A rollout algorithm that judges whole episodes and learns from some of its groups only."""
 
     max_refills: int  # how often a rollout's other groups are replaced by groups played anew; 0: never
+    judges_by_reference: (
+        bool  # whether ``advantages`` reads the reference, so that it is asked about all decisions, not these alone
+    )
 
     def taught(self, rollout: Rollout) -> Tensor:
         """The slots whose episodes it would learn from: bool [B], the same for all of a group. Reads no reference."""

@@ -224,7 +224,7 @@ class Rollout:
     of an episode that the simulator lost (see Step.lost_B) - they carry no loss. lost: how many episodes it lost.
     task_ids_TB: which task each decision belongs to. episodes: finished episodes, one row each (see EpisodeRecord).
     anchor_TB: a key of the state that each decision was made in (see Observation.anchors_B), None without.
-    reference_log_probs_TBK: of the policy the stage started from, 0 where nothing is learned; None where nobody asked.
+    reference_log_probs_TBK: of the policy the stage started from, 0 where nobody reads it; None without.
     """
 
     trace: Trace

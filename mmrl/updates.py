@@ -122,12 +122,12 @@ class RolloutUpdate:
         return make_batch(rollout, advantages, self.policy), advantages
 
     def _refer(self, rollout: Rollout, reference: LikelihoodPolicy) -> Tensor:
-        """The reference's log-probabilities [T, B, K], 0 where the algorithm learns nothing."""
-        learned_TB = rollout.valid_TB
-        if isinstance(self.algorithm, SelectiveAlgorithm):
-            learned_TB = learned_TB & self.algorithm.taught(rollout)
+        """The reference's log-probabilities [T, B, K], 0 where the algorithm does not read them."""
+        read_TB = rollout.valid_TB
+        if isinstance(self.algorithm, SelectiveAlgorithm) and not self.algorithm.judges_by_reference:
+            read_TB = read_TB & self.algorithm.taught(rollout)
         packing, (t, b, k) = self.policy.pack(rollout), rollout.log_probs_TBK.shape
-        rows_N = gather(learned_TB, packing.index_NJ).any(1).nonzero()[:, 0]
+        rows_N = gather(read_TB, packing.index_NJ).any(1).nonzero()[:, 0]
         scores_MK = rollout.log_probs_TBK.new_zeros(t * b, k)
         with reference.compute_mode(train=False):
             for piece in micro_batches(len(rows_N), self.micro_batch):

@@ -124,7 +124,7 @@ class GRPO:
         self.config = config
         self.epochs, self.minibatches, self.max_kl = config.epochs, config.minibatches, config.max_kl
         self.group_size, self.max_refills = config.group_size, config.max_refills
-        self.uses_reference = config.kl_weight > 0
+        self.uses_reference, self.judges_by_reference = config.kl_weight > 0, config.kl_in == "reward"
 
     def taught(self, rollout: Rollout) -> Tensor:
         return self._groups(rollout).taught_P.repeat_interleave(self.group_size)

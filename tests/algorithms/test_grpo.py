@@ -123,6 +123,7 @@ def test_the_loss_has_no_critic_and_pulls_towards_what_did_well(case: Callable[.
 
 def test_the_reference_is_asked_for_only_with_a_kl_term() -> None:
     assert grpo(kl_weight=0.01).uses_reference and not grpo().uses_reference
+    assert grpo(kl_weight=0.01, kl_in="reward").judges_by_reference and not grpo(kl_weight=0.01).judges_by_reference
 
 
 @pytest.mark.parametrize(

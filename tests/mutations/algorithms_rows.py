@@ -7,7 +7,7 @@ _CREDIT = "tests/algorithms/test_credit.py"
 _UNITS = f"{_CREDIT}::test_every_unit_is_worth_what_the_twin_says"
 _TEACHES = f"{_CREDIT}::test_a_group_teaches_if_the_returns_differ_that_its_credit_compares"
 _REFILL = "tests/core/test_refilling.py"
-_REFERENCE = "tests/core/test_updates.py::test_the_reference_scores_before_rewards_are_judged_and_what_is_learned_alone"
+_REFERENCE = "tests/core/test_updates.py::test_the_reference_scores_before_rewards_are_judged_and_what_is_read_alone"
 _KEYS = "tests/core/test_rollout.py::test_a_decision_is_recorded_with_the_state_it_was_made_in"
 _SLOTS = "tests/core/test_rollout.py::test_slots_of_whole_episodes_are_taken_out_with_their_episodes"
 _RESUME = f"{_REFILL}::test_a_resumed_run_refills_as_the_unbroken_one"
@@ -254,8 +254,15 @@ REFILLS = [
     (
         "updates: the reference scores what nobody learns from",
         "mmrl/updates.py",
-        "learned_TB = learned_TB & self.algorithm.taught(rollout)",
+        "read_TB = read_TB & self.algorithm.taught(rollout)",
         "pass",
+        _REFERENCE,
+    ),
+    (
+        "updates: rewards are judged by a reference that scored half of them",
+        "mmrl/updates.py",
+        "and not self.algorithm.judges_by_reference",
+        "",
         _REFERENCE,
     ),
     (
