@@ -63,6 +63,8 @@ class Observation:
     images: camera name -> uint8 [B, height, width, 3]. state: float32 [B, S] or None. instructions: B sentences.
     elapsed_B: int64, decisions made so far in the episode; None where nobody counts (in demonstrations, say).
     conversations: B conversations, in which the next message is the policy's; None where nobody talks.
+    anchors_B: int64, a key of the state each environment is in, so that equal keys in episodes of one task are equal states (a
+    hash of the state, say); None where the environment gives none. Policies do not see it; credit by state needs it (GiGPO).
 
     >>> import torch
     >>> o = Observation({"front": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}, torch.zeros(2, 4), ("reach red", "push blue"))
@@ -75,6 +77,7 @@ class Observation:
     instructions: tuple[str, ...]
     elapsed_B: Tensor | None = None
     conversations: tuple[Conversation, ...] | None = None
+    anchors_B: Tensor | None = None
 
     def __post_init__(self) -> None:
         b = len(self.instructions)
@@ -88,6 +91,8 @@ class Observation:
             _expect("Observation", "state", self.state, b, None)
         if self.elapsed_B is not None:
             _expect("Observation", "elapsed_B", self.elapsed_B, b)
+        if self.anchors_B is not None:
+            _expect("Observation", "anchors_B", self.anchors_B, b)
 
     @property
     def batch_size(self) -> int:
@@ -101,6 +106,7 @@ class Observation:
             tuple(self.instructions[i] for i in index_N.tolist()),
             None if self.elapsed_B is None else self.elapsed_B[index_N],
             None if self.conversations is None else tuple(self.conversations[i] for i in index_N.tolist()),
+            None if self.anchors_B is None else self.anchors_B[index_N],
         )
 
     def to(self, device: torch.device) -> Observation:
@@ -110,6 +116,7 @@ class Observation:
             self.instructions,
             None if self.elapsed_B is None else self.elapsed_B.to(device),
             self.conversations,
+            None if self.anchors_B is None else self.anchors_B.to(device),
         )
 
     @staticmethod
@@ -121,6 +128,7 @@ class Observation:
             tuple(sentence for p in parts for sentence in p.instructions),
             None if parts[0].elapsed_B is None else torch.cat([p.elapsed_B for p in parts if p.elapsed_B is not None]),
             None if parts[0].conversations is None else tuple(c for p in parts for c in p.conversations or ()),
+            None if parts[0].anchors_B is None else torch.cat([p.anchors_B for p in parts if p.anchors_B is not None]),
         )
 
 
@@ -216,6 +224,8 @@ class Rollout:
     trace: name -> [T, B, ...]. valid_TB False marks decisions after the end of an episode (no auto-reset), and all those
     of an episode that the simulator lost (see Step.lost_B) - they carry no loss. lost: how many episodes it lost.
     task_ids_TB: which task each decision belongs to. episodes: finished episodes, one row each (see EpisodeRecord).
+    anchor_TB: a key of the state that each decision was made in (see Observation.anchors_B), None without.
+    reference_log_probs_TBK: of the policy the stage started from, 0 where nobody reads it; None without.
     """
 
     trace: Trace
@@ -231,11 +241,17 @@ class Rollout:
     episodes: EpisodeRecord
     env_steps: int
     lost: int = 0
+    anchor_TB: Tensor | None = None
+    reference_log_probs_TBK: Tensor | None = None
 
     def __post_init__(self) -> None:
         t, b = self.rewards_TB.shape
         _expect("Rollout", "log_probs_TBK", self.log_probs_TBK, t, b, None)
         _expect("Rollout", "mask_TBK", self.mask_TBK, *self.log_probs_TBK.shape)
+        if self.anchor_TB is not None:
+            _expect("Rollout", "anchor_TB", self.anchor_TB, t, b)
+        if self.reference_log_probs_TBK is not None:
+            _expect("Rollout", "reference_log_probs_TBK", self.reference_log_probs_TBK, *self.log_probs_TBK.shape)
         for name in ("values_TB", "next_values_TB", "valid_TB", "terminated_TB", "truncated_TB", "task_ids_TB"):
             _expect("Rollout", name, getattr(self, name), t, b)
         for name, value in self.trace.items():
@@ -366,6 +382,7 @@ class Batch:
     returns_NJ: Tensor
     old_values_NJ: Tensor
     reference_log_probs_NK: Tensor | None = None
+    unit_advantages_NK: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, k = self.old_log_probs_NK.shape
@@ -376,8 +393,9 @@ class Batch:
             raise ShapeError(f"Batch has {k} units a sample, which its {j} decisions cannot share equally")
         for name in ("returns_NJ", "old_values_NJ"):
             _expect("Batch", name, getattr(self, name), n, j)
-        if self.reference_log_probs_NK is not None:
-            _expect("Batch", "reference_log_probs_NK", self.reference_log_probs_NK, n, k)
+        for name in ("reference_log_probs_NK", "unit_advantages_NK"):
+            if getattr(self, name) is not None:
+                _expect("Batch", name, getattr(self, name), n, k)
         for name, value in self.trace.items():
             _expect("Batch", f"trace[{name!r}]", value, n)
 
@@ -388,6 +406,11 @@ class Batch:
     def trained_NJ(self) -> Tensor:
         """Decisions of which some unit is trained."""
         return self.mask_NK.unflatten(1, (self.advantages_NJ.shape[1], -1)).any(2)
+
+    @property
+    def advantages_NK(self) -> Tensor:
+        """What each unit was worth."""
+        return self.per_unit(self.advantages_NJ) if self.unit_advantages_NK is None else self.unit_advantages_NK
 
     def per_unit(self, x_NJ: Tensor) -> Tensor:
         """Each unit's share of what is known of its decision: [N, K]."""

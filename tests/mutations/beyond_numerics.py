@@ -384,8 +384,8 @@ CORE: tuple[Row, ...] = (
     (
         "grpo: groups without spread are trained",
         "mmrl/algorithms/grpo.py",
-        "(complete_P & spread_P & in_range_P).repeat_interleave(self.group_size)",
-        "in_range_P.repeat_interleave(self.group_size)",
+        "return self.complete_P & self.spread_P & self.in_range_P",
+        "return self.in_range_P",
         "tests/algorithms/test_grpo.py::test_groups_without_spread_are_left_out_and_counted",
     ),
     (
