@@ -1,8 +1,8 @@
 """Whether what a tool gave holds the evidence for an answer, judged from the tool's output and never from what the policy says.
 
-The evidence is what ``Question.details`` know: a ``box`` in the question's first picture, ``evidence`` texts or ids of documents,
-and, where there is no box or it is most of the picture, ``operations`` that put the picture right. A box or a turned picture, and
-texts, are two ways to the same answer (one looks, the other reads): one of them is enough.
+The evidence is what ``Question.details`` know: the ``box`` of a detail in the question's first picture, which must be cut out;
+where nothing must be, ``operations`` that put the picture right; and ``evidence``, texts or ids of documents. A picture and texts
+are two ways to the same answer (one looks, the other reads): one of them is enough.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Measure = Literal["containment", "iou"]
 CONTAINED = 0.8  # share of the box that a picture must show for it to hold the evidence
 LARGEST = 0.5  # share of the first picture above which a box is no detail, and a cut shows a detail no better than the picture,
 ROOMY = 1.5  # but a cut is never too large that is at most so many times the box
+CROP = "crop"
 _UPRIGHT = math.cos(math.radians(15))  # how exactly a picture must be turned
 
 # Linear parts (a, b, d, e) of the map from a picture that was turned or mirrored into the one before.
@@ -64,9 +65,9 @@ def derived_pictures(transcript: Transcript, call: CallRecord) -> list[Picture]:
 
 
 def expected_box(question: Question) -> Box | None:
-    """The box of a detail; None where there is none, or it is most of the picture."""
+    """The box of a detail that must be cut out; None where there is none: it is most of the picture, or no crop is named."""
     known, first = question.details.get("box"), first_picture(question)
-    if known is None:
+    if known is None or CROP not in question.details.get("operations", (CROP,)):
         return None
     left, top, right, bottom = (float(edge) for edge in known)
     box = left, top, right, bottom

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mmrl.rewards.evidence import expected_box
+from mmrl.rewards.evidence import CROP, expected_box
 from mmrl.transcripts import CallRecord, Question
 
-CROP = "crop"
 _TURNS = ("rotate_", "flip_")
 
 
@@ -41,6 +40,6 @@ def is_core(name: str) -> bool:
 
 
 def expected(question: Question) -> frozenset[str]:
-    """What undoes the first picture's corruption, and crop where the evidence is a detail that has a box."""
+    """The question's operations, crop among them where it says so, or where all it knows is the box of a detail."""
     crop = set() if expected_box(question) is None else {CROP}
     return frozenset(question.details.get("operations", ())) | crop
