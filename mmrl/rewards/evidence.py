@@ -49,6 +49,12 @@ def iou(one: Box, other: Box) -> float:
     return shared / union if union > 0 else 0.0
 
 
+def listed(question: Question, name: str) -> tuple[str, ...]:
+    """A list of the question's details, of which a data set may have one without its brackets; empty where there is none."""
+    value = question.details.get(name, ())
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 def first_picture(question: Question) -> Picture | None:
     return next((part for part in question.parts if isinstance(part, Picture)), None)
 
@@ -67,7 +73,7 @@ def derived_pictures(transcript: Transcript, call: CallRecord) -> list[Picture]:
 def expected_box(question: Question) -> Box | None:
     """The box of a detail that must be cut out; None where there is none: it is most of the picture, or no crop is named."""
     known, first = question.details.get("box"), first_picture(question)
-    if known is None or CROP not in question.details.get("operations", (CROP,)):
+    if known is None or ("operations" in question.details and CROP not in listed(question, "operations")):
         return None
     left, top, right, bottom = (float(edge) for edge in known)
     box = left, top, right, bottom
@@ -136,7 +142,7 @@ _MEASURES: Mapping[Measure, Callable[[Box, Box, Picture | None], float]] = {
 
 def _expected_orientation(question: Question) -> tuple[float, float, float, float] | None:
     """The linear map of the picture that the operations make, into the first one; None without operations that turn it."""
-    turns = [name for name in question.details.get("operations", ()) if name in _LINEAR]
+    turns = [name for name in listed(question, "operations") if name in _LINEAR]
     whole = (1.0, 0.0, 0.0, 1.0)
     for name in turns:
         (a, b, d, e), (p, q, s, t) = whole, _LINEAR[name]
@@ -154,7 +160,7 @@ def _stands(picture: Picture, wanted: tuple[float, float, float, float]) -> bool
 
 
 def _texts(question: Question) -> tuple[str, ...]:
-    return tuple(question.details.get("evidence", ()))
+    return listed(question, "evidence")
 
 
 def _words(text: str) -> str:

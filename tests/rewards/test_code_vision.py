@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mmrl.rewards.code_vision import CodeVision
+from mmrl.rewards.operations import operation
 from mmrl.transcripts import Transcript
 from tests.rewards.tales import question, said, tale, used
 
@@ -87,6 +88,11 @@ def test_form(text: str, good: bool) -> None:
 def test_mandatory(about: Any, calls: list[Any], value: float) -> None:
     # A wrong answer: no gate disturbs it.
     assert one("mandatory", tale(calls, about=about, answer="no")) == pytest.approx(value)
+
+
+def test_a_tool_of_that_name_from_elsewhere_is_another_operation() -> None:
+    assert operation(said("rotate")) == "rotate" and operation(said("flip")) == "flip_None"
+    assert operation(used("rotate", degrees=-90)) == "rotate_270" and operation(used("rotate", degrees=22.5)) == "rotate_22.5"
 
 
 def test_a_crop_of_the_turned_picture_is_found_in_the_first() -> None:

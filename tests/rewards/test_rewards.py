@@ -240,6 +240,7 @@ def test_texts_are_found_as_words_and_ids_as_values() -> None:
     assert found(about, said("s", details={"ids": ("doc-1", "doc-7")})) == {"doc-7"}
     assert found(about, said("s", details={"ids": ("doc-77",)})) == set()
     assert found(about, said("s", "grey cat doc-7", error="timeout")) == set()
+    assert found(question(evidence="Grey Cat"), said("s", "a grey cat")) == {"Grey Cat"}
 
 
 def test_a_box_is_evidence_where_a_crop_is_expected_and_the_turn_where_not() -> None:
