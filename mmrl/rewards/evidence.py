@@ -1,8 +1,8 @@
 """Whether what a tool gave holds the evidence for an answer, judged from the tool's output and never from what the policy says.
 
-The evidence is what ``Question.details`` know: a ``box`` in the question's first picture, ``evidence`` texts or ids of documents,
-and, where there is no box or it is most of the picture, ``operations`` that put the picture right. A box or a turned picture, and
-texts, are two ways to the same answer (one looks, the other reads): one of them is enough.
+The evidence is what ``Question.details`` know: the ``box`` of a detail in the question's first picture, which must be cut out;
+where nothing must be, ``operations`` that put the picture right; and ``evidence``, texts or ids of documents. A picture and texts
+are two ways to the same answer (one looks, the other reads): one of them is enough.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Measure = Literal["containment", "iou"]
 CONTAINED = 0.8  # share of the box that a picture must show for it to hold the evidence
 LARGEST = 0.5  # share of the first picture above which a box is no detail, and a cut shows a detail no better than the picture,
 ROOMY = 1.5  # but a cut is never too large that is at most so many times the box
+CROP = "crop"
 _UPRIGHT = math.cos(math.radians(15))  # how exactly a picture must be turned
 
 # Linear parts (a, b, d, e) of the map from a picture that was turned or mirrored into the one before.
@@ -48,6 +49,12 @@ def iou(one: Box, other: Box) -> float:
     return shared / union if union > 0 else 0.0
 
 
+def listed(question: Question, name: str) -> tuple[str, ...]:
+    """A list of the question's details, of which a data set may have one without its brackets; empty where there is none."""
+    value = question.details.get(name, ())
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 def first_picture(question: Question) -> Picture | None:
     return next((part for part in question.parts if isinstance(part, Picture)), None)
 
@@ -64,9 +71,9 @@ def derived_pictures(transcript: Transcript, call: CallRecord) -> list[Picture]:
 
 
 def expected_box(question: Question) -> Box | None:
-    """The box of a detail; None where there is none, or it is most of the picture."""
+    """The box of a detail that must be cut out; None where there is none: it is most of the picture, or no crop is named."""
     known, first = question.details.get("box"), first_picture(question)
-    if known is None:
+    if known is None or ("operations" in question.details and CROP not in listed(question, "operations")):
         return None
     left, top, right, bottom = (float(edge) for edge in known)
     box = left, top, right, bottom
@@ -135,7 +142,7 @@ _MEASURES: Mapping[Measure, Callable[[Box, Box, Picture | None], float]] = {
 
 def _expected_orientation(question: Question) -> tuple[float, float, float, float] | None:
     """The linear map of the picture that the operations make, into the first one; None without operations that turn it."""
-    turns = [name for name in question.details.get("operations", ()) if name in _LINEAR]
+    turns = [name for name in listed(question, "operations") if name in _LINEAR]
     whole = (1.0, 0.0, 0.0, 1.0)
     for name in turns:
         (a, b, d, e), (p, q, s, t) = whole, _LINEAR[name]
@@ -153,7 +160,7 @@ def _stands(picture: Picture, wanted: tuple[float, float, float, float]) -> bool
 
 
 def _texts(question: Question) -> tuple[str, ...]:
-    return tuple(question.details.get("evidence", ()))
+    return listed(question, "evidence")
 
 
 def _words(text: str) -> str:

@@ -125,8 +125,8 @@ REWARDS: tuple[Row, ...] = (
     (
         "code vision: turns are counted the other way",
         "mmrl/rewards/operations.py",
-        "float(arguments['degrees']) % 360:g",
-        "-float(arguments['degrees']) % 360:g",
+        "{degrees % 360:g}",
+        "{-degrees % 360:g}",
         f"{_VISION}::test_mandatory",
     ),
     (

@@ -240,6 +240,15 @@ def test_texts_are_found_as_words_and_ids_as_values() -> None:
     assert found(about, said("s", details={"ids": ("doc-1", "doc-7")})) == {"doc-7"}
     assert found(about, said("s", details={"ids": ("doc-77",)})) == set()
     assert found(about, said("s", "grey cat doc-7", error="timeout")) == set()
+    assert found(question(evidence="Grey Cat"), said("s", "a grey cat")) == {"Grey Cat"}
+
+
+def test_a_box_is_evidence_where_a_crop_is_expected_and_the_turn_where_not() -> None:
+    turned, cut = used("rotate", degrees=90), used("crop", box=BOX)
+    only_turn, both = (question(operations=names, box=BOX) for names in (("rotate_90",), ("rotate_90", "crop")))
+    assert evidence.faithful(tale([turned], about=only_turn)) is True and evidence.faithful(tale([cut], about=only_turn)) is False
+    assert evidence.faithful(tale([turned], about=both)) is False and evidence.faithful(tale([cut], about=both)) is True
+    assert evidence.faithful(tale([cut], about=question(operations=(), box=BOX))) is None
 
 
 def test_faithful_is_a_picture_or_all_texts_or_not_known() -> None:
