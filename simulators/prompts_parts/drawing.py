@@ -1,4 +1,4 @@
-"""What the questions' pictures are made of: colours, shapes, writing, backgrounds. The same pixels wherever Pillow is the same."""
+"""What the questions' pictures are made of: colours, shapes, writing, backgrounds. The same pixels where Pillow is the same."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def writing(text: str, width: int, height: int) -> Image.Image:
 def sign(kind: str, value: str, width: int, height: int, fading: bool) -> Image.Image:
     """A small sign that shows ``value``: a dot of that colour if ``kind`` is colour, else writing.
 
-    fading: writing and dot have a halo that cancels them, so that the mean over a few pixels is the same grey whatever the value is:
-    they are there in the picture, and gone where it is shown small (as the fine half of a hybrid image: Oliva et al. 2006).
+    fading: writing and dot have a halo that cancels them, so that the mean over a few pixels is the same grey whatever the value
+    is: they are there in the picture, and gone where it is shown small (as the fine half of a hybrid image: Oliva et al. 2006).
     """
     rim = round(min(width, height) * _MARGIN)
     inner = (width - 2 * rim, height - 2 * rim)
