@@ -65,7 +65,7 @@ class DetailQuestions:
         kinds: tuple[Kind, ...] = ("digit",)
         """What signs show: digit, letter, colour, number (three digits), word."""
         size: int = Field(default=504, ge=56)
-        """Side of the picture, in pixels. Shown with a ninth of it or less, signs of the default size cannot be read."""
+        """Side of the picture, in pixels. Seen at a ninth of it, signs of the default size are hardly to be read; at a third, easily."""
         grid: Literal[2, 3] = 3
         """Fields along a side; each sign has a field of its own."""
         sign: tuple[int, int] = (28, 40)
@@ -73,7 +73,9 @@ class DetailQuestions:
         signs: tuple[int, int] = (1, 3)
         """Fewest and most signs; one of them is asked about."""
         fading: bool = True
-        """Whether writing has a halo that cancels it where the picture is shown small; else it is black on white."""
+        """Whether what is on a sign vanishes where the picture is shown small; else it is black on white."""
+        blotches: float = Field(default=45.0, ge=0, le=60)
+        """Standard deviation of the grey blotches behind writing that vanishes; fewer make it easier to read, near and far."""
         background: Background = "plain"
         """plain, texture (soft blotches), photograph (of scikit-image; extra ``prompts``)."""
         where: Where = "words"

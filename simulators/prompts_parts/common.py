@@ -18,7 +18,8 @@ Said = tuple[str, tuple[ToolCall, ...]]  # what an expert says: text and calls
 
 _WORDS = """
 apple bird boat book bread chair clock cloud coin door duck fish flag frog gate glass goat hand hat house key king lamp leaf lion
-moon nest owl pear piano plane queen ring road rope rose shoe ship spoon star stone sun table tent tower train tree wheel wolf zebra
+moon nest owl pear piano plane queen ring road rope rose shoe ship spoon star stone sun table tent tower train tree wheel
+wolf zebra
 """
 WORDS = tuple(_WORDS.split())
 

@@ -84,7 +84,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Entry:
-    """A page. facts: relation -> value. glyphs, paper: what a device's picture shows, (shape, colour) of each cell, and on what."""
+    """A page. facts: relation -> value. glyphs, paper: what a device's picture shows, (shape, colour) by cell, and on what."""
 
     name: str
     kind: str
