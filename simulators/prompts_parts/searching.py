@@ -83,7 +83,5 @@ def _pages(calls: list[Any], tool: str) -> dict[str, ToolResult]:
 def _passage(result: ToolResult, title: str) -> str:
     """The text below the hit of this title; empty where there is none."""
     hits = list(_HIT.finditer(result.text))
-    for hit, following in zip(hits, [*hits[1:], None], strict=True):
-        if hit["title"] == title:
-            return result.text[hit.end() : following.start() if following else None]
-    return ""
+    ends = [*(hit.start() for hit in hits), len(result.text)][1:]
+    return next((result.text[hit.end() : end] for hit, end in zip(hits, ends, strict=True) if hit["title"] == title), "")

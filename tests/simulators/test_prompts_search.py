@@ -1,4 +1,4 @@
-"""Search: the real tools find what the questions need, the folder is this encyclopedia's or refused, nothing held out is asked."""
+"""Search: the real tools find what the questions need, the folder is this encyclopedia's or refused, none held out is asked."""
 
 from __future__ import annotations
 
@@ -43,11 +43,10 @@ def test_the_expert_answers_with_the_real_tools(fields: dict[str, Any], split: s
         answer, calls = played(questions, question, tools)
         assert [call.error for call in calls] == [None] * len(calls)
         paths[question.details["path"]] += 1
-        if question.check(answer):
+        found = {name for call in calls for name in call.result.details["ids"]}
+        if question.check(answer) and found.issuperset(question.details["evidence"]):  # another page may say the same by chance
             right += 1
             assert tuple(call.name for call in calls) == question.details["operations"]
-            found = {name for call in calls for name in call.result.details["ids"]}
-            assert found.issuperset(question.details["evidence"])
     assert right >= 198
     assert set(paths) == set(ASKED)
 
@@ -65,7 +64,7 @@ def test_the_expert_believes_what_the_tools_say_and_nothing_else(tmp_path: Path)
     looked = told("image_search", {"image": 1}, "[1] Xyz (id: xyz, similarity 0.9)\n[2] Abc (id: abc, similarity 0.8)")
     said, (call,) = questions.next_turn(question, (lost, looked))
     assert said == "I search for Xyz." and call.arguments == {"query": "Xyz"}
-    page = "[1] Abc (id: abc)\nAbc is a device. It was invented by Not in the town of Not.\n\n[2] Xyz (id: xyz)\nIt was invented by Foo in the town of Bar."
+    page = "[1] Abc (id: abc)\nIt was invented by Not in the town of Not.\n\n[2] Xyz (id: xyz)\nIt was invented by Foo in the town of Bar."
     searched = told("text_search", {"query": "Xyz"}, page)
     _, (call,) = questions.next_turn(question, (looked, searched))
     assert call.arguments["query"] in ("Foo", "Bar") and len(question.details["path"]) == 2

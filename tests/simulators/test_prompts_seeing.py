@@ -115,7 +115,7 @@ def test_options_and_thinking_stand_in_the_question() -> None:
 
 
 def test_counts_are_those_of_the_picture() -> None:
-    """Circles and squares of one size could be counted by area; here, pixels of the colour are there or not, and never too few."""
+    """Of a colour that one shape alone has, as many pixels as so many of that shape cover, by its area."""
     questions = build("CountingQuestions", others=[0, 0], size=224)
     for task_id in range(60):
         question = questions.question(task_id)
