@@ -65,7 +65,7 @@ class DetailQuestions:
         kinds: tuple[Kind, ...] = ("digit",)
         """What signs show: digit, letter, colour, number (three digits), word."""
         size: int = Field(default=504, ge=56)
-        """Side of the picture, in pixels. Seen at a ninth of it, a sign of the default size is hardly legible; at a third, well."""
+        """Side of the picture, in pixels. Seen at a ninth of it, default signs are hardly legible; at a third, well."""
         grid: Literal[2, 3] = 3
         """Fields along a side; each sign has a field of its own."""
         sign: tuple[int, int] = (28, 40)

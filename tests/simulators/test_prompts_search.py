@@ -64,7 +64,10 @@ def test_the_expert_believes_what_the_tools_say_and_nothing_else(tmp_path: Path)
     looked = told("image_search", {"image": 1}, "[1] Xyz (id: xyz, similarity 0.9)\n[2] Abc (id: abc, similarity 0.8)")
     said, (call,) = questions.next_turn(question, (lost, looked))
     assert said == "I search for Xyz." and call.arguments == {"query": "Xyz"}
-    page = "[1] Abc (id: abc)\nIt was invented by Not in the town of Not.\n\n[2] Xyz (id: xyz)\nIt was invented by Foo in the town of Bar."
+    page = "\n\n".join(
+        f"[{rank}] {name} (id: x)\nIt was invented by {inventor} in the town of {town}."
+        for rank, name, inventor, town in ((1, "Abc", "Not", "Not"), (2, "Xyz", "Foo", "Bar"))
+    )
     searched = told("text_search", {"query": "Xyz"}, page)
     _, (call,) = questions.next_turn(question, (looked, searched))
     assert call.arguments["query"] in ("Foo", "Bar") and len(question.details["path"]) == 2
