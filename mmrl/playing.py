@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,10 +21,12 @@ from torch.nn.functional import one_hot
 
 from mmrl.checkpoint import atomic_write_text
 from mmrl.columns import cat, put
+from mmrl.conversing import Talk
 from mmrl.numerics.draws import Draws
 from mmrl.protocols import Environment, Policy, RenderEnvironment
 from mmrl.report.video import write_animation
 from mmrl.seeding import derive_seed
+from mmrl.transcripts import TalkingEnvironment
 from mmrl.types import Action, Observation, Step
 
 VIDEO_FPS = 10
@@ -38,7 +40,8 @@ class Played:
     """How one episode ended.
 
     failure: the task ended by itself, without success. timeout: its time was up before that. lost: the simulator broke down at
-    every attempt, so the episode counts for nothing. return_: undiscounted. steps: of the environment.
+    every attempt, so the episode counts for nothing. return_: undiscounted. steps: of the environment. talk: what was counted in
+    its conversation, where the environment talks; no part of what makes two episodes equal, for tools take time.
     """
 
     task_id: int
@@ -47,6 +50,7 @@ class Played:
     outcome: Outcome
     return_: float
     steps: int
+    talk: Talk | None = field(default=None, compare=False)
 
     def row(self) -> dict[str, Any]:
         """As it stands in episodes.jsonl and beside its video."""
@@ -59,6 +63,7 @@ class Played:
             "timed_out": self.outcome == "timeout",
             "steps": self.steps,
             "return": self.return_,
+            **({} if self.talk is None else self.talk.row()),
         }
 
 
@@ -137,7 +142,12 @@ class Player:
                 film.shoot(environment)
             observation = step.observation
         families = environment.family_of(tasks_B)
-        episodes = [Played(task, families[slot], instructions[slot], *score.of(slot)) for slot, task in enumerate(tasks)]
+        talks = [
+            Talk.of(environment.transcript(slot)) if isinstance(environment, TalkingEnvironment) else None for slot in range(n)
+        ]
+        episodes = [
+            Played(task, families[slot], instructions[slot], *score.of(slot), talks[slot]) for slot, task in enumerate(tasks)
+        ]
         if reel is not None and film.frames:
             film.save(episodes, reel)
         return episodes

@@ -174,6 +174,7 @@ class Stage:
             run.device,
             environments,
             self._make_source,
+            run.progress.note,
         )
 
     def _environment_changes(self) -> tuple[str, Mapping[str, Any]]:

@@ -15,11 +15,18 @@ import torch
 from torch import Tensor
 
 from mmrl.batching import make_batch, micro_batches, minibatch_indices
-from mmrl.data.demonstrations import rows
 from mmrl.numerics import masked
 from mmrl.optim import Optimization
-from mmrl.protocols import Advantages, ExampleSource, LikelihoodPolicy, LossContext, RolloutAlgorithm, SupervisedAlgorithm
-from mmrl.types import Batch, Examples, Loss, Rollout
+from mmrl.protocols import (
+    Advantages,
+    ExampleSource,
+    LikelihoodPolicy,
+    LossContext,
+    RolloutAlgorithm,
+    SelectiveAlgorithm,
+    SupervisedAlgorithm,
+)
+from mmrl.types import Batch, Examples, Loss, Rollout, Talks, gather
 
 Merge = Callable[[Iterable[float]], float]
 # How a metric is merged; the mean for every other. The micro-batches' losses are shares of their mini-batch's.
@@ -49,17 +56,19 @@ class MetricMerger:
         return merged
 
 
-def accumulate(examples: Examples, micro_batch: int | None, loss_of: Callable[[Examples, float], Loss]) -> dict[str, float]:
-    """Add the gradient of a mean over the real actions of ``examples`` to ``.grad``, micro-batch by micro-batch; its metrics.
+def accumulate(
+    examples: Examples | Talks, weight_B: Tensor, micro_batch: int | None, loss_of: Callable[[Any, float], Loss]
+) -> dict[str, float]:
+    """Add the gradient of the mean over what ``weight_B`` counts of ``examples`` to ``.grad``, part by part; its metrics.
 
     ``loss_of(part, share)`` is ``share`` times the mean loss of a part. Padding carries no loss, so a part's share is that of its
-    real actions, not of its rows: only then do the parts add up to the mean over all.
+    real actions (or tokens), not of its rows: only then do the parts add up to the mean over all.
     """
     merger = MetricMerger(_OVER_MICRO_BATCHES)
-    real = max(int(examples.mask_BH.sum()), 1)
+    real = max(float(weight_B.sum()), 1e-12)
     for piece in micro_batches(len(examples), micro_batch):
-        part = rows(examples, torch.arange(piece.start, piece.stop))
-        share = int(part.mask_BH.sum()) / real
+        part = examples.select(torch.arange(piece.start, piece.stop))
+        share = float(weight_B[piece].sum()) / real
         loss = loss_of(part, share)
         loss.value.backward()
         merger.add(loss.metrics, weight=share)
@@ -84,11 +93,12 @@ class SupervisedTerm:
     def backward(self, policy: Any, generator: torch.Generator, weight: float, micro_batch: int | None) -> dict[str, float]:
         """Add the term's gradient; its metrics, of which ``loss`` is weighted and ``supervised_loss`` is not."""
 
-        def loss_of(part: Examples, share: float) -> Loss:
+        def loss_of(part: Examples | Talks, share: float) -> Loss:
             loss = policy.supervised_loss(part, generator)
             return Loss(weight * share * loss.value, {**loss.metrics, "supervised_loss": loss.value.detach()})
 
-        return accumulate(self.source.batch(self.batch_size), micro_batch, loss_of)
+        examples = self.source.batch(self.batch_size)
+        return accumulate(examples, policy.supervised_weight(examples), micro_batch, loss_of)
 
 
 @dataclass
@@ -107,15 +117,29 @@ class RolloutUpdate:
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout) -> tuple[Batch, Advantages]:
-        """Advantages, and the batch with the reference's log-probabilities where the algorithm reads them."""
+        """Advantages and the batch. A reference comes first: an algorithm may count the distance from it among the rewards."""
+        if self.reference is not None:
+            rollout = replace(rollout, reference_log_probs_TBK=self._refer(rollout, self.reference))
         advantages = self.algorithm.advantages(rollout)
-        batch = make_batch(rollout, advantages, self.policy)
-        if self.reference is not None and len(batch):
-            with self.reference.compute_mode(train=False):
-                pieces = micro_batches(len(batch), self.micro_batch)
-                scores = [self.reference.evaluate(_rows(batch, piece).trace) for piece in pieces]
-            batch = replace(batch, reference_log_probs_NK=torch.cat([s.log_probs_NK for s in scores]))
-        return batch, advantages
+        return make_batch(rollout, advantages, self.policy), advantages
+
+    def _refer(self, rollout: Rollout, reference: LikelihoodPolicy) -> Tensor:
+        """The reference's log-probabilities [T, B, K], 0 where the algorithm does not read them."""
+        read_TB = rollout.valid_TB
+        if isinstance(self.algorithm, SelectiveAlgorithm) and not self.algorithm.judges_by_reference:
+            read_TB = read_TB & self.algorithm.taught(rollout)
+        packing, (t, b, k) = self.policy.pack(rollout), rollout.log_probs_TBK.shape
+        rows_N = gather(read_TB, packing.index_NJ).any(1).nonzero()[:, 0]
+        scores_MK = rollout.log_probs_TBK.new_zeros(t * b, k)
+        with reference.compute_mode(train=False):
+            for piece in micro_batches(len(rows_N), self.micro_batch):
+                rows = rows_N[piece]
+                scored = reference.evaluate({name: values[rows] for name, values in packing.trace.items()})
+                places_NJ = packing.index_NJ[rows]
+                there_NJ = places_NJ >= 0
+                units_NJK = scored.log_probs_NK.unflatten(1, (-1, k))
+                scores_MK[places_NJ[there_NJ]] = units_NJK[there_NJ].to(scores_MK.dtype)
+        return scores_MK.reshape(t, b, k)
 
     def run(self, batch: Batch, iteration: int) -> dict[str, float]:
         """Epochs of updates; ends early, as counted in ``updates``, once an update's approximate KL exceeds its bound.
@@ -180,13 +204,13 @@ class SupervisedUpdate:
     micro_batch: int | None = None
 
     def run(self) -> dict[str, float]:
-        def loss_of(part: Examples, share: float) -> Loss:
+        def loss_of(part: Examples | Talks, share: float) -> Loss:
             return self.algorithm.loss(self.policy, part, share=share, generator=self.generator)
 
         examples = self.source.batch(self.algorithm.batch_size)
         self.optimization.zero_grad()
         with self.policy.compute_mode(train=True):
-            metrics = accumulate(examples, self.micro_batch, loss_of)
+            metrics = accumulate(examples, self.policy.supervised_weight(examples), self.micro_batch, loss_of)
         return metrics | _step(self.optimization, self.policy, metrics["loss"])
 
 

@@ -205,6 +205,9 @@ class MLP(nn.Module):
         if self.moments is not None:
             self.moments.update(self._state(examples.observation))
 
+    def supervised_weight(self, examples: Examples) -> Tensor:
+        return examples.mask_BH.sum(1)
+
     def supervised_loss(self, examples: Examples, generator: torch.Generator) -> Loss:
         """Behaviour cloning: the mean of -log p(action | state) over the examples whose first action is real."""
         output, _ = self._forward(self._state(examples.observation), critic=False)

@@ -382,6 +382,9 @@ class Pi0(nn.Module):
 
     # -- imitation ---------------------------------------------------------------------------------------------------------
 
+    def supervised_weight(self, examples: Examples) -> Tensor:
+        return examples.mask_BH.sum(1)
+
     def supervised_loss(self, examples: Examples, generator: torch.Generator) -> Loss:
         """Flow matching: || v(x_t, t) - (noise - actions) ||^2 averaged over real actions and dimensions, t as in openpi.
 

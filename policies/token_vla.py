@@ -37,14 +37,14 @@ from mmrl.numerics.draws import Draws
 from mmrl.numerics.losses import Loss
 from mmrl.numerics.tokens import token_entropy, token_log_probs
 from mmrl.types import Decision, Evaluation, Examples, Observation, Packing, Rollout
-from policies.shared.adapters import add_adapters, merged
+from policies.shared.adapters import LoraOptions, add_adapters, merged
 from policies.shared.checkpoints import STATISTICS_FILE, load_heads, load_tokenizer, save_heads
 from policies.shared.heads import TIME_FEATURES, CriticHead, time_features
 from policies.shared.vision_language import load_model, model_groups
 from policies.token_vla_parts.backbone import Backbone, Prompt
 from policies.token_vla_parts.bins import Bins, Statistics, load_statistics, only_value
 from policies.token_vla_parts.eyes import FAMILIES, ProcessorEyes
-from policies.token_vla_parts.options import STRICT, CriticConfig, LoraOptions
+from policies.token_vla_parts.options import STRICT, CriticConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 OPENVLA_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
@@ -419,6 +419,9 @@ class TokenVLA(nn.Module):
         return copy.deepcopy(self).requires_grad_(False)
 
     # -- imitation -----------------------------------------------------------------------------------------------------
+
+    def supervised_weight(self, examples: Examples) -> Tensor:
+        return examples.mask_BH.sum(1)
 
     def supervised_loss(self, examples: Examples, generator: torch.Generator) -> Loss:
         """Cross entropy of the tokens of the demonstrated actions, the mean over real actions and dimensions that vary."""

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from mmrl.protocols import SupervisedPolicy
-from mmrl.types import Examples, Loss
+from mmrl.types import Examples, Loss, Talks
 
 
 class SFT:
@@ -32,6 +32,6 @@ class SFT:
     def __init__(self, config: Config) -> None:
         self.batch_size = config.batch_size
 
-    def loss(self, policy: SupervisedPolicy, examples: Examples, *, share: float, generator: torch.Generator) -> Loss:
+    def loss(self, policy: SupervisedPolicy, examples: Examples | Talks, *, share: float, generator: torch.Generator) -> Loss:
         loss = policy.supervised_loss(examples, generator)
         return Loss(loss.value * share, loss.metrics)

@@ -126,20 +126,7 @@ def _record_all(environment: Environment, task_ids_M: Tensor, horizon: int, **op
     for tasks in task_ids_M.split(environment.num_envs):
         filled_B = torch.cat([tasks, tasks[-1:].expand(environment.num_envs - len(tasks))])
         parts.append(record(environment, filled_B, horizon, slots=len(tasks), **options))
-    return concat(parts)
-
-
-def concat(parts: list[Examples]) -> Examples:
-    """One after the other."""
-    return Examples(
-        Observation.concat([part.observation for part in parts]),
-        torch.cat([part.actions_BHA for part in parts]),
-        torch.cat([part.mask_BH for part in parts]),
-    )
-
-
-def rows(examples: Examples, index_N: Tensor) -> Examples:
-    return Examples(examples.observation.select(index_N), examples.actions_BHA[index_N], examples.mask_BH[index_N])
+    return Examples.concat(parts)
 
 
 class ScriptedDemonstrations:
@@ -187,7 +174,7 @@ class ScriptedDemonstrations:
         return len(self._examples)
 
     def batch(self, size: int) -> Examples:
-        return rows(self._examples, torch.randint(len(self), (size,), generator=self._generator))
+        return self._examples.select(torch.randint(len(self), (size,), generator=self._generator))
 
     def state_dict(self) -> Mapping[str, Tensor]:
         return {"generator": self._generator.get_state()}
@@ -231,8 +218,8 @@ class ExpertStream:
             assert self._pool is not None
             taken = self._order[self._used : self._used + missing]
             self._used += len(taken)
-            parts.append(rows(self._pool, taken))
-        return parts[0] if len(parts) == 1 else concat(parts)
+            parts.append(self._pool.select(taken))
+        return parts[0] if len(parts) == 1 else Examples.concat(parts)
 
     def _cursor(self) -> dict[str, Tensor]:
         return {"generator": self._generator.get_state(), "next_task": torch.tensor(self._next_task)}
@@ -255,7 +242,7 @@ class ExpertStream:
                     generator=self._generator,
                 )
             )
-        self._pool, self._used = concat(parts), 0
+        self._pool, self._used = Examples.concat(parts), 0
         self._order = torch.randperm(len(self._pool), generator=self._generator)
 
     def state_dict(self) -> Mapping[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from pydantic import ConfigDict, Field
@@ -10,9 +11,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mmrl.component import Component
-from mmrl.data.demonstrations import concat
 from mmrl.protocols import DataContext, ExampleSource
-from mmrl.types import Examples
+from mmrl.types import Examples, Talks
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -40,11 +40,12 @@ class Mixture:
         self._weights_P = torch.tensor([part.weight for part in config.parts], dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(context.seed)
 
-    def batch(self, size: int) -> Examples:
+    def batch(self, size: int) -> Examples | Talks:
         """``size`` examples, part by part (their order within a batch means nothing)."""
         part_B = torch.multinomial(self._weights_P, size, replacement=True, generator=self._generator)
         counts = part_B.bincount(minlength=len(self._sources)).tolist()
-        return concat([source.batch(count) for source, count in zip(self._sources, counts, strict=True) if count])
+        parts: list[Any] = [source.batch(count) for source, count in zip(self._sources, counts, strict=True) if count]
+        return parts[0].concat(parts)
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """The state of each part under its place, and which part comes next."""

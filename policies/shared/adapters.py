@@ -8,12 +8,26 @@ from typing import Any, TypeVar
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 from mmrl.errors import MMRLError
 from policies.shared.checkpoints import first_line
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class LoraOptions:
+    """Low-rank adapters (peft) on the language model's linear layers."""
+
+    rank: int = Field(default=32, gt=0)
+    """Rank of the adapters."""
+    alpha: int = 16
+    """Their output is multiplied by alpha / rank."""
+    modules: str = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    """Regular expression over module names."""
 
 
 def add_adapters(model: nn.Module, *, rank: int, alpha: int, modules: str, seed: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid")
@@ -22,15 +22,3 @@ class CriticConfig:
     """Widths of the hidden layers."""
     detach: bool = True
     """Whether the value loss stops at the head instead of reaching the model."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class LoraOptions:
-    """Low-rank adapters (peft) on the language model's linear layers."""
-
-    rank: int = Field(default=32, gt=0)
-    """Rank of the adapters."""
-    alpha: int = 16
-    """Their output is multiplied by alpha / rank."""
-    modules: str = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    """Regular expression over module names."""

@@ -32,6 +32,7 @@ _VALUES: dict[str, tuple[str, ...]] = {
 WIDER = {"number": 1.7, "word": 2.4}  # than high; other signs are square
 _ALONE = ("number", "word")  # kinds of which values are held out, and not pairs of value and place
 PLACES = {
+    1: ("centre",),  # a sign that is anywhere is not asked about by its place
     2: ("upper left", "upper right", "lower left", "lower right"),
     3: tuple(" ".join((row, column)) for row in ("upper", "middle", "lower") for column in ("left", "centre", "right")),
 }
@@ -66,7 +67,7 @@ def detail(config: Any, paint: Callable[[random.Random, int], Image.Image], gene
     """A question of ``simulators.prompts:DetailQuestions``."""
     kind = generator.choice(config.kinds)
     cells = generator.sample(range(config.grid**2), generator.randint(*config.signs))
-    answer = generator.choice(_allowed(kind, cells[0], config.split))
+    answer = generator.choice(_VALUES[kind] if config.grid == 1 else _allowed(kind, cells[0], config.split))
     values = [answer, *generator.choices([value for value in _VALUES[kind] if value != answer], k=len(cells) - 1)]
     spots = generator.sample(list(COLOURS), len(cells)) if config.where == "spot" else []
     image = paint(generator, config.size)
@@ -82,16 +83,17 @@ def detail(config: Any, paint: Callable[[random.Random, int], Image.Image], gene
         "box": lambda: f"in {list(area)}",
         "spot": lambda: f"near the {spots[0]} spot",
     }[config.where]()
+    wanted, cropped = (f" {wanted}", ("crop",)) if config.grid > 1 else ("", ())
     top = " The bar marks the top." if operation else ""
     shown = image if operation is None else undo(operation, image)
     evidence = boxes[0] if operation is None else box_before(operation, boxes[0], image.size)
     return Question(
         f"detail_{kind}",
-        (Picture(shown), f"What {kind} is on the sign {wanted}?{top}"),
+        (Picture(shown), f"What {kind} is on the sign{wanted}?{top}"),
         (answer,),
         Normalised((answer,)),
         {
-            "operations": (*((operation,) if operation else ()), "crop"),
+            "operations": (*((operation,) if operation else ()), *cropped),
             "box": evidence,
             "area": area,
             "enlarge": config.enlarge,

@@ -41,8 +41,8 @@ def search_question(config: Any, world: World, generator: random.Random) -> Ques
     device = generator.choice(asked_about(world, config.split))
     answer, pages = world.follow(device, path)
     picture = world.picture(device, config.picture_size, generator)
-    evidence = pages or (world.entries[device].id,)
-    operations = ("image_search", *("text_search" for _ in path))
+    evidence = (*pages, answer)  # the search for the picture alone brings up the device's id, but not what its page says
+    operations = (config.image_search, *(config.text_search for _ in path))
     return Question(
         f"search_{hops}",
         (Picture(picture), ASKED[path]),

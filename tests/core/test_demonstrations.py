@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmrl.data.demonstrations import ExpertStream, ScriptedDemonstrations, concat, record, rows
+from mmrl.data.demonstrations import ExpertStream, ScriptedDemonstrations, record
 from mmrl.errors import MMRLError
 from mmrl.protocols import DataContext
 from mmrl.types import ActionSpec, Examples, Observation, Step
@@ -91,8 +91,8 @@ def test_a_recording_is_every_moment_with_the_actions_that_followed() -> None:
 
 def test_rows_and_concat() -> None:
     one = record(NumberedEnvironment(2), torch.tensor([3, 2]), HORIZON, only_successes=True)
-    assert check(rows(one, torch.tensor([6, 0]))) == [(2, 2), (3, 0)]
-    assert check(concat([one, rows(one, torch.tensor([1]))])) == [
+    assert check(one.select(torch.tensor([6, 0]))) == [(2, 2), (3, 0)]
+    assert check(Examples.concat([one, one.select(torch.tensor([1]))])) == [
         *((3, t) for t in range(4)),
         *((2, t) for t in range(3)),
         (3, 1),

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from mmrl.errors import MMRLError
 from mmrl.types import Decision, Examples, Observation
+from policies.shared.adapters import LoraOptions
 from policies.shared.checkpoints import HEADS_FILE, STATISTICS_FILE
 from policies.token_vla import TokenVLA
-from policies.token_vla_parts.options import CriticConfig, LoraOptions
+from policies.token_vla_parts.options import CriticConfig
 from tests.policies import tiny, tiny_vla
 
 

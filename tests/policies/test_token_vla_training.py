@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from mmrl.algorithms.ppo import PPO
 from mmrl.protocols import LossContext
 from mmrl.types import Batch, Examples
+from policies.shared.adapters import LoraOptions
 from policies.token_vla import TokenVLA
-from policies.token_vla_parts.options import CriticConfig, LoraOptions
+from policies.token_vla_parts.options import CriticConfig
 from tests.policies import tiny, tiny_vla
 
 CRITIC = CriticConfig(hidden=(8,))

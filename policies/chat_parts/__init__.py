@@ -1,0 +1,1 @@
+"""What policies that talk are made of: template, pieces of a conversation, eyes, network, engine, scoring."""

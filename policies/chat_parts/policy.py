@@ -1,0 +1,405 @@
+"""Policies that talk: what all families of language models share.
+
+A decision is a turn of a conversation, its units are the tokens that the model says, and a sample is a conversation: one forward
+pass scores all its turns. Tokens that stand for pictures are never drawn, and have probability 0 in scoring as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mmrl.columns import Column
+from mmrl.errors import MMRLError
+from mmrl.messages import Message
+from mmrl.numerics.draws import Draws
+from mmrl.types import Decision, Evaluation, Loss, Observation, Packing, Rollout, Talks, Trace
+from policies.chat_parts.ears import Ears, SpanWeight
+from policies.chat_parts.engine import Generated, LocalEngine, Request, Sampling
+from policies.chat_parts.network import Network
+from policies.chat_parts.pieces import Heard, Piece, Said
+from policies.chat_parts.scoring import score
+from policies.shared.adapters import LoraOptions, add_adapters, merged
+from policies.shared.checkpoints import load_heads, load_tokenizer, save_heads
+from policies.shared.heads import CriticHead
+from policies.shared.vision_language import model_groups
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, config=STRICT)
+class CriticOptions:
+    """The value of a turn, read where the model begins to speak."""
+
+    hidden: tuple[int, ...] = (256,)
+    """Widths of the hidden layers."""
+    detach: bool = True
+    """Whether the value loss stops at the head instead of reaching the model."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class SpanOptions:
+    """Text that counts more, or less, when conversations are imitated (GUI-Libra, 2602.22190, weighs actions and coordinates)."""
+
+    pattern: str
+    """Regular expression over what the assistant says; ``(?s)`` lets ``.`` match line ends."""
+    weight: float = Field(ge=0)
+    """Of every token that overlaps a match; 1 is that of the others, and weights of several spans multiply."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ChatConfig:
+    """Fields that all policies that talk have."""
+
+    checkpoint: str
+    """Folder or hub id of a chat model in transformers' format, with its tokenizer and chat template."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """``random`` takes only architecture and tokenizer from the checkpoint."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Tokens of a turn at most; a turn that is longer is cut and takes no further part."""
+    max_tokens: int = Field(default=8192, ge=2)
+    """Tokens of a conversation at most, those of pictures included; one that is longer ends."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits are divided by it, when tokens are drawn and when they are scored again; imitation knows none."""
+    train: Literal["all", "lora"] = "all"
+    """Which weights learn: everything (see also ``frozen``), or low-rank adapters."""
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    """Used with ``train: lora``."""
+    frozen: str | None = None
+    """Regular expression over names of weights that do not learn with ``train: all``, such as ``.*visual.*``."""
+    critic: CriticOptions | None = None
+    """The value head, for algorithms that need one; null: none."""
+    spans: tuple[SpanOptions, ...] = ()
+    """What counts more in imitation."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    score_chunk: int = Field(default=1024, ge=1)
+    """Positions whose logits over the vocabulary exist at a time when tokens are scored."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """transformers' attention implementation."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Storage type of the weights; probabilities are computed in float32 or better in any case."""
+    seed: int = 0
+    """Seed of fresh weights."""
+
+
+class ChatPolicy(nn.Module, ABC):
+    """See the module. Satisfies LikelihoodPolicy, ValuePolicy and SupervisedPolicy (of Talks) of mmrl.protocols."""
+
+    horizon, execute = 1, 1
+    kind: str  # in the fingerprint
+
+    @staticmethod
+    def lacks(config: ChatConfig) -> dict[str, tuple[str, str]]:
+        """What a policy of this config cannot give an algorithm: need -> (field, why); see mmrl.config."""
+        return {} if config.critic else {"critic": ("critic", "is null; give the policy one, or use grpo")}
+
+    def __init__(self, config: ChatConfig, *, device: torch.device) -> None:
+        super().__init__()
+        self.config, self.version = config, 0
+        self.model = self._load(_DTYPES[config.dtype])
+        self._tokenizer = load_tokenizer(config.checkpoint)
+        self._freeze()
+        self.model.eval()
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise MMRLError(
+                f"policy.lora.modules = {config.lora.modules!r} adapts the output head, which cannot be; leave it out"
+            )
+        if head.bias is not None:
+            raise MMRLError(f"policy.checkpoint = {config.checkpoint}: its output head has a bias, which is not supported")
+        if config.checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.network = self._network()
+        spans = [SpanWeight(_compiled(span.pattern), span.weight) for span in config.spans]
+        self.ears = Ears(
+            self._tokenizer, self.network, self._image_id(), config.checkpoint, unsayable=self._unsayable(), spans=spans
+        )
+        self._build_critic()
+        self.to(device)
+        self.engine = LocalEngine(self.network, self._sampling(config.temperature))
+
+    # -- what a family says --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _load(self, dtype: torch.dtype) -> Any:
+        """The model, in transformers' class."""
+
+    @abstractmethod
+    def _network(self) -> Network:
+        """How it is called."""
+
+    def _image_id(self) -> int | None:
+        """The token that stands for a piece of a picture, if there is one."""
+        return None
+
+    def _unsayable(self) -> set[int]:
+        """Tokens that it must not say."""
+        return set()
+
+    # -- building ------------------------------------------------------------------------------------------------------
+
+    def _freeze(self) -> None:
+        config = self.config
+        if config.train == "lora":
+            lora = config.lora
+            add_adapters(self.model, rank=lora.rank, alpha=lora.alpha, modules=lora.modules, seed=config.seed + 2)
+        elif config.frozen is not None:
+            pattern = _compiled(config.frozen)
+            found = [parameter for name, parameter in self.model.named_parameters() if pattern.fullmatch(name)]
+            if not found:
+                raise MMRLError(f"policy.frozen = {config.frozen!r} fits no weight of {config.checkpoint}")
+            for parameter in found:
+                parameter.requires_grad_(False)
+
+    def _sampling(self, temperature: float) -> Sampling:
+        rows = self.model.get_output_embeddings().weight.shape[0]
+        forbidden = sorted({token for token in self._unsayable() if token < rows} | set(range(len(self._tokenizer), rows)))
+        generation: Any = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = {self.ears.end, self._tokenizer.eos_token_id, *(generation if isinstance(generation, list) else [generation])}
+        return Sampling(
+            temperature,
+            torch.tensor(forbidden, device=self.device) if forbidden else None,
+            tuple(sorted(end for end in ends if end is not None)),
+        )
+
+    def _build_critic(self) -> None:
+        critic = self.config.critic
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed + 1)
+            self.critic = None if critic is None else CriticHead(self.network.width, critic.hidden)
+        if self.config.weights == "pretrained":
+            load_heads(self._heads(), self.config.checkpoint)
+        if self.critic is not None:
+            self.critic.to(torch.promote_types(self.model.dtype, torch.float32))
+
+    def _heads(self) -> dict[str, tuple[str, nn.Module]]:
+        """The heads in use, each with what it computes in words: a saved one is loaded where the words are the same."""
+        if self.critic is None or self.config.critic is None:
+            return {}
+        return {"critic": (f"value of turns through {'x'.join(map(str, self.config.critic.hidden))}", self.critic)}
+
+    # -- what it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def has_critic(self) -> bool:
+        return self.critic is not None
+
+    def trainable(self) -> dict[str, list[nn.Parameter]]:
+        critic = [] if self.critic is None else list(self.critic.parameters())
+        groups = {**model_groups(self.model), "critic": critic}
+        return {name: parameters for name, parameters in groups.items() if parameters}
+
+    def fingerprint(self) -> str:
+        critic = "".join(f" critic={says.replace(' ', '-')}" for says, _ in self._heads().values())
+        return (
+            f"{self.kind} {self.model.config.model_type} width={self.network.width} train={self.config.train} "
+            f"parameters={sum(p.numel() for p in self.parameters())}{critic}"
+        )
+
+    @contextmanager
+    def compute_mode(self, *, train: bool) -> Iterator[None]:
+        """bf16 autocast on a GPU while the weights are float32; no dropout, in training neither."""
+        if train:
+            self.engine.forget()
+            self._checkpoint(self.config.checkpointing)
+        autocast = self.device.type == "cuda" and self.config.dtype == "float32"
+        try:
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(train):
+                yield
+        finally:
+            self._checkpoint(False)
+
+    def _checkpoint(self, on: bool) -> None:
+        """transformers checkpoints layers in training mode alone; what is in them stays as it was, without dropout."""
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = on
+
+    def train(self, mode: bool = True) -> ChatPolicy:
+        """Modes change nothing: with dropout a decision could not be scored again."""
+        return self
+
+    def load_state_dict(self, state: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        self.engine.forget()
+        return super().load_state_dict(state, *args, **options)
+
+    def save(self, folder: Path) -> None:
+        """A folder that ``checkpoint`` opens: transformers' format (adapters merged), tokenizer, processor, heads."""
+        model = merged(self.model) if self.config.train == "lora" else self.model
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+        save_heads(self._heads(), folder)
+
+    def reference(self) -> ChatPolicy:
+        self.engine.forget()
+        return copy.deepcopy(self).requires_grad_(False)
+
+    def needs_statistics(self) -> bool:
+        return False
+
+    def fit_statistics(self, examples: Any) -> None:
+        """There is nothing to fit."""
+
+    # -- acting --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
+        if observation.conversations is None:
+            raise MMRLError(f"policy {self.kind} talks, but the environment shows no conversations; use one of mmrl.tool_use")
+        heard = [self.ears.listen(conversation) for conversation in observation.conversations]
+        most = [min(self.config.max_new_tokens, self.config.max_tokens - sum(map(len, pieces))) for pieces, _ in heard]
+        speaking = [row for row, limit in enumerate(most) if limit > 0]
+        requests = [Request(heard[row][0], heard[row][1], most[row]) for row in speaking]
+        size, device = len(heard), self.device
+        index = torch.tensor(speaking, dtype=torch.long, device=device)
+        said_BK = torch.zeros(size, self.config.max_new_tokens, dtype=torch.long, device=device)
+        count_B = torch.zeros(size, dtype=torch.long, device=device)
+        log_probs_BK = torch.zeros(said_BK.shape, dtype=torch.promote_types(self.model.dtype, torch.float32), device=device)
+        messages = [Message("assistant", ("",), finish="length")] * size
+        values_B = None if self.critic is None else torch.zeros(size, device=device)
+        if requests:
+            with self.compute_mode(train=False):
+                made = self.engine.generate(requests, draws.select(index) if explore else None)
+                spoken = self._messages(made)
+                self.engine.keep(spoken)
+                if values_B is not None and self.critic is not None:
+                    values_B[index] = self.critic(made.hidden_BW).to(values_B.dtype)
+            width = made.ids_BK.shape[1]
+            said_BK[index, :width], log_probs_BK[index, :width] = made.ids_BK, made.log_probs_BK.to(log_probs_BK.dtype)
+            count_B[index] = made.count_B
+            for row, message in zip(speaking, spoken, strict=True):
+                messages[row] = message
+        mask_BK = torch.arange(said_BK.shape[1], device=device) < count_B[:, None]
+        trace: Trace = {"heard": Column.of((pieces[-1] for pieces, _ in heard), device), "said": said_BK, "count": count_B}
+        return Decision(Column.of(messages), trace if explore else {}, log_probs_BK, mask_BK, values_B, self.version)
+
+    def _messages(self, made: Generated) -> list[Message]:
+        ids_B = [row[:count] for row, count in zip(made.ids_BK.tolist(), made.count_B.tolist(), strict=True)]
+        return [
+            Message(
+                "assistant",
+                (self.ears.text(ids[:-1] if ended else ids),),
+                token_ids=tuple(ids),
+                finish="stop" if ended else "length",
+            )
+            for ids, ended in zip(ids_B, made.ended_B.tolist(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def value(self, observation: Observation, draws: Draws) -> Tensor:
+        if self.critic is None or observation.conversations is None:
+            raise MMRLError("the policy has no critic (policy.critic is null)")
+        pieces = [(*self.ears.listen(conversation)[0], _NOTHING) for conversation in observation.conversations]
+        with self.compute_mode(train=False):
+            scores = score(self.network, pieces, self.engine.sampling, self.config.score_chunk)
+            last_N = torch.tensor([sum(isinstance(piece, Said) for piece in row) for row in pieces]).cumsum(0) - 1
+            return self.critic(scores.turns[last_N.to(self.device)])
+
+    # -- scoring again -------------------------------------------------------------------------------------------------
+
+    def pack(self, rollout: Rollout) -> Packing:
+        return rollout.by_episode()
+
+    def evaluate(self, trace: Trace) -> Evaluation:
+        """One pass over each conversation: log-probabilities and entropies of its tokens, zeros where nothing was said."""
+        said_NJK, count_NJ, heard = trace["said"], trace["count"], trace["heard"]
+        assert isinstance(said_NJK, Tensor) and isinstance(count_NJ, Tensor) and isinstance(heard, Column)
+        rows = [
+            _said_rows(pieces, said, counts)
+            for pieces, said, counts in zip(heard.tolist(), said_NJK.cpu(), count_NJ.tolist(), strict=True)
+        ]
+        scores = score(self.network, rows, self.engine.sampling, self.config.score_chunk)
+        there = (torch.arange(said_NJK.shape[2], device=self.device) < count_NJ.to(self.device)[..., None]).flatten(1)
+
+        def spread(x_M: Tensor) -> Tensor:
+            return x_M.new_zeros(there.shape).masked_scatter(there, x_M)
+
+        values_NJ = None
+        if self.critic is not None and self.config.critic is not None:
+            turns = scores.turns.detach() if self.config.critic.detach else scores.turns
+            values_M = self.critic(turns)
+            spoke_NJ = count_NJ.to(self.device) > 0
+            values_NJ = values_M.new_zeros(spoke_NJ.shape).masked_scatter(spoke_NJ, values_M)
+        return Evaluation(spread(scores.log_probs_M), spread(scores.entropy_M), values_NJ)
+
+    # -- imitation -----------------------------------------------------------------------------------------------------
+
+    def supervised_weight(self, examples: Talks) -> Tensor:
+        return torch.tensor([sum(float(w.sum()) for w in _weights(self._study(talk))) for talk in examples.conversations])
+
+    def supervised_loss(self, examples: Talks, generator: torch.Generator) -> Loss:
+        """Cross entropy of what the assistant says, the end of its turns included, weighted by ``spans``."""
+        rows = [self._study(talk) for talk in examples.conversations]
+        scores = score(self.network, rows, self._sampling(1.0), self.config.score_chunk)
+        weight_M = torch.cat([weights for row in rows for weights in _weights(row)]).to(self.device)
+        value = -(scores.log_probs_M * weight_M).sum() / weight_M.sum().clamp(min=1e-12)
+        likely = (scores.log_probs_M.detach().exp() * weight_M).sum() / weight_M.sum().clamp(min=1e-12)
+        return Loss(value, {"cross_entropy": value.detach(), "token_probability": likely})
+
+    def _study(self, talk: tuple[Message, ...]) -> tuple[Piece, ...]:
+        """The conversation's pieces, cut after the last turn that begins within ``max_tokens``; its tokens likewise."""
+        kept: list[Piece] = []
+        room = self.config.max_tokens
+        pieces = self.ears.study(talk)
+        for heard, said in zip(pieces[::2], pieces[1::2], strict=True):
+            room -= len(heard)
+            if room <= 0:
+                break
+            assert isinstance(said, Said)
+            kept += [heard, Said(said.ids[:room], None if said.weights is None else said.weights[:room])]
+            room -= len(said)
+        if not kept:
+            raise MMRLError(f"policy.max_tokens = {self.config.max_tokens}, but a conversation begins with more; raise it")
+        return tuple(kept)
+
+    def example_observation(self, batch_size: int) -> Observation:
+        """Conversations of one message."""
+        words = ("up", "down", "left", "right")
+        talks = tuple((Message("user", (" ".join(words[(b + i) % 4] for i in range(b % 3 + 1)),)),) for b in range(batch_size))
+        return Observation({}, None, ("",) * batch_size, conversations=talks)
+
+
+_NOTHING = Said(torch.zeros(0, dtype=torch.long))
+
+
+def _said_rows(pieces: list[Heard | None], said_JK: Tensor, counts: list[int]) -> tuple[Piece, ...]:
+    """A conversation's pieces; where nothing was said, what was heard before it does not count either."""
+    first = pieces[0]
+    assert first is not None
+    turns = [
+        (heard, Said(said[:count]))
+        for heard, said, count in zip(pieces, said_JK, counts, strict=True)
+        if heard is not None and count
+    ]
+    return tuple(piece for turn in turns for piece in turn) or (first,)
+
+
+def _weights(pieces: tuple[Piece, ...]) -> list[Tensor]:
+    said = [piece for piece in pieces if isinstance(piece, Said)]
+    return [torch.ones(len(piece)) if piece.weights is None else piece.weights for piece in said]
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise MMRLError(f"policy: {pattern!r} is no regular expression: {error}") from error
