@@ -65,7 +65,7 @@ class DetailQuestions:
         kinds: tuple[Kind, ...] = ("digit",)
         """What signs show: digit, letter, colour, number (three digits), word."""
         size: int = Field(default=504, ge=56)
-        """Side of the picture, in pixels. Shown with a ninth of this side (56), default signs are hardly legible; with a third, well."""
+        """Side of the picture, in pixels. Shown a ninth as wide (56), default signs are hardly legible; a third as wide, well."""
         grid: Literal[1, 2, 3] = 3
         """Fields along a side; each sign has a field of its own. With one, the sign is anywhere, and nothing is held out."""
         sign: tuple[int, int] = (28, 40)
