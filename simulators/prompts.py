@@ -65,7 +65,7 @@ class DetailQuestions:
         kinds: tuple[Kind, ...] = ("digit",)
         """What signs show: digit, letter, colour, number (three digits), word."""
         size: int = Field(default=504, ge=56)
-        """Side of the picture, in pixels. Seen at a ninth of it, signs of the default size can hardly be read; at a third, easily."""
+        """Side of the picture, in pixels. Shown a ninth as wide (56), default signs are hardly legible; a third as wide, well."""
         grid: Literal[1, 2, 3] = 3
         """Fields along a side; each sign has a field of its own. With one, the sign is anywhere, and nothing is held out."""
         sign: tuple[int, int] = (28, 40)
@@ -157,7 +157,7 @@ class SearchQuestions:
 
     The expert calls ``tools.image_search:ImageSearch`` with ``images: FOLDER/corpus.jsonl`` and ``tools.text_search:TextSearch``
     with ``corpus: FOLDER/corpus.jsonl``, and reads what they find. Details: operations (the calls' names), evidence (ids of the
-    pages to be read; of the device, if none), path (the facts to follow). Held out: every fifth device with its inventor, whose
+    pages to be read, and the answer), path (the facts to follow). Held out: every fifth device with its inventor, whose
     pages are there, but training never asks about them. Raises ConfigError if the folder holds something else.
     """
 
