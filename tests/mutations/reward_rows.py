@@ -284,6 +284,13 @@ REWARDS: tuple[Row, ...] = (
         f"{_OTHERS}::test_a_call_that_failed_and_pictures_from_elsewhere_show_nothing",
     ),
     (
+        "evidence: any cut that stands right is a step",
+        "mmrl/rewards/evidence.py",
+        " and area(picture.box_in_source()) > most",
+        "",
+        f"{_OTHERS}::test_a_box_is_evidence_where_a_crop_is_expected_and_the_turn_where_not",
+    ),
+    (
         "evidence: maps are multiplied in the wrong order",
         "mmrl/rewards/evidence.py",
         "(a, b, d, e), (p, q, s, t) = whole, _LINEAR[name]",

@@ -249,6 +249,12 @@ def test_a_box_is_evidence_where_a_crop_is_expected_and_the_turn_where_not() -> 
     assert evidence.faithful(tale([turned], about=only_turn)) is True and evidence.faithful(tale([cut], about=only_turn)) is False
     assert evidence.faithful(tale([turned], about=both)) is False and evidence.faithful(tale([cut], about=both)) is True
     assert evidence.faithful(tale([cut], about=question(operations=(), box=BOX))) is None
+    # On the way to a cut, putting the picture right is a step in the right direction; a cut elsewhere is none, however it stands.
+    picture = turned.result.pictures[0]
+    crops = [used("crop", on=(picture,), box=box) for box in ((50, 10, 70, 30), (0, 0, 9, 9))]
+    steps = FaithfulTurns(FaithfulTurns.Config()).per_turn([tale([turned], *[[each] for each in crops], about=both)])
+    assert steps == [[1, 1, 0, 0]]
+    assert FaithfulTurns(FaithfulTurns.Config()).per_turn([tale([turned], about=question(box=BOX))]) == [[0, 0]]
 
 
 def test_faithful_is_a_picture_or_all_texts_or_not_known() -> None:
