@@ -319,13 +319,6 @@ REWARDS: tuple[Row, ...] = (
         f"{_OTHERS}::test_steps_are_scored_by_what_their_tools_gave",
     ),
     (
-        "overlong: the buffer lies beyond the limit",
-        "mmrl/rewards/tool_rewards.py",
-        "(limit - buffer - count) / buffer",
-        "(limit - count) / buffer",
-        f"{_OTHERS}::test_overlong_is_dapo_s",
-    ),
-    (
         "judge: a number beyond the scale is a score",
         "mmrl/rewards/judge.py",
         "return share if 0 <= share <= 1 else math.nan",
