@@ -275,8 +275,8 @@ REFILLS = [
     (
         "learners: a resumed run plays its tasks again",
         "mmrl/learners.py",
-        'return {"next_task": self._collector.next_task}',
-        'return {"next_task": self._collector.next_task - 1}',
+        'return {"next_task": self._collector.next_task,',
+        'return {"next_task": self._collector.next_task - 1,',
         _RESUME,
     ),
 ]

@@ -419,7 +419,7 @@ CORE: tuple[Row, ...] = (
     (
         "updates: shares by rows, not by real actions",
         "mmrl/updates.py",
-        "share = int(part.mask_BH.sum()) / real",
+        "share = float(weight_B[piece].sum()) / real",
         "share = len(part) / len(examples)",
         "tests/core/test_updates.py::test_micro_batches_of_examples_weigh_by_their_real_actions",
     ),
