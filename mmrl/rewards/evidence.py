@@ -85,16 +85,24 @@ def picture_score(transcript: Transcript, call: CallRecord, measure: Measure = "
     """How well the call's pictures show the evidence, 0 to 1: the best of them. None: no picture would be evidence.
 
     containment: the share of the box that a picture shows, 0 for one that shows more than LARGEST of the first picture and more
-    than ROOMY boxes. Where operations are known and no box: 1 for a picture that stands as they would put it.
+    than ROOMY boxes. Where operations are known and no box: see ``puts_right``.
     """
-    question, pictures = transcript.question, derived_pictures(transcript, call)
-    box, wanted = expected_box(question), _expected_orientation(question)
-    if box is not None:
-        judge = _MEASURES[measure]
-        return max((judge(box, picture.box_in_source(), first_picture(question)) for picture in pictures), default=0.0)
-    if wanted is not None:
-        return max((float(_stands(picture, wanted)) for picture in pictures), default=0.0)
-    return None
+    question, box = transcript.question, expected_box(transcript.question)
+    if box is None:
+        return None if _expected_orientation(question) is None else float(puts_right(transcript, call))
+    judge, first = _MEASURES[measure], first_picture(question)
+    return max((judge(box, picture.box_in_source(), first) for picture in derived_pictures(transcript, call)), default=0.0)
+
+
+def puts_right(transcript: Transcript, call: CallRecord) -> bool:
+    """Whether a call gave most of the first picture, standing as the question's operations would put it."""
+    first, wanted = first_picture(transcript.question), _expected_orientation(transcript.question)
+    if first is None or wanted is None:
+        return False
+    most = LARGEST * first.image.width * first.image.height
+    return any(
+        _stands(picture, wanted) and area(picture.box_in_source()) > most for picture in derived_pictures(transcript, call)
+    )
 
 
 def texts_found(question: Question, call: CallRecord) -> frozenset[str]:
@@ -106,8 +114,9 @@ def texts_found(question: Question, call: CallRecord) -> frozenset[str]:
 
 
 def call_score(transcript: Transcript, call: CallRecord, measure: Measure = "containment") -> float:
-    """How much of the evidence a call holds: that of its pictures, or 1 where it brings up an evidence text."""
-    return max(picture_score(transcript, call, measure) or 0.0, float(bool(texts_found(transcript.question, call))))
+    """How far a call gets one to the evidence: what its pictures show of it, 1 for an evidence text or a picture put right."""
+    brought = bool(texts_found(transcript.question, call)) or puts_right(transcript, call)
+    return max(picture_score(transcript, call, measure) or 0.0, float(brought))
 
 
 def is_known(question: Question) -> bool:
