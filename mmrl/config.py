@@ -99,6 +99,10 @@ class StageConfig(Block):
     """Fields of the policy that differ in this stage."""
     environment: dict[str, Any] = Field(default_factory=dict)
     """Fields of the environment that differ in this stage."""
+    keep_conversations: NonNegativeInt = 4
+    """Conversations of a rollout kept for the report, of one task: the best, the worst, the second best...; 0 keeps none."""
+    keep_every: PositiveInt | None = None
+    """Iterations between rollouts of which conversations are kept; null: a tenth of the stage. The last is always among them."""
     max_skipped_updates: PositiveInt = 5
     """Updates in a row with a loss or gradient that is not finite before the run stops."""
     micro_batch: PositiveInt | None = None

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mmrl.component import Component
 from mmrl.config import ScoringConfig, StageConfig
 from mmrl.conversing import ToolWatch, talk_metrics
 from mmrl.errors import ConfigError
+from mmrl.keeping import Keeper
 from mmrl.optim import Optimization
 from mmrl.protocols import AdaptivePolicy, Environment, ExampleSource, SelectiveAlgorithm
 from mmrl.refilling import Gathered, counted, gather_rollout
@@ -33,7 +35,7 @@ class Setting:
     """What a stage gives its learner. ``where`` names the stage in messages, ``index`` is its place in the run.
 
     make_environments: takes how many, and in how many parts that simulate beside one another (see build_parts). note:
-    takes a sentence that a person should read.
+    takes a sentence that a person should read. trajectories: the folder of what is kept for the report.
     """
 
     where: str
@@ -46,6 +48,7 @@ class Setting:
     make_environments: Callable[[int, int], Sequence[Environment]]
     make_source: Callable[[str, Component], ExampleSource]
     note: Callable[[str], None]
+    trajectories: Path
 
     def optimization(self, total_updates: int) -> Optimization:
         config = self.config
@@ -122,6 +125,7 @@ class RolloutLearner(Learner):
         scoring = config.scoring or ScoringConfig()
         self._scorer = Scorer(config.rewards, f"{setting.where}.rewards", scoring.combine, scoring.environment)
         self._watch = ToolWatch()
+        self._keeper = Keeper(config, policy, self._scorer.weights, setting.trajectories)
         self._note = setting.note
         supervised = _supervised(setting)  # may give the policy its statistics, so before the reference copies it
         self._reference = policy.reference() if algorithm.uses_reference else None
@@ -148,6 +152,7 @@ class RolloutLearner(Learner):
         if isinstance(self._policy, AdaptivePolicy):
             self._policy.adapt(batch.trace)
         times.append(time.perf_counter())
+        self._keeper.see(iteration, played.rollout, advantages)
         collect, score, update = (later - earlier for earlier, later in pairwise(times))
         return {
             **episode_metrics(played.episodes),

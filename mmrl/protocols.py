@@ -173,6 +173,18 @@ class ValuePolicy(Protocol):
 
 
 @runtime_checkable
+class LegiblePolicy(Protocol):
+    """It talks in tokens that a person can read; a decision's units are the tokens of its message."""
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token of a message, special ones by name; all of them together are the message.
+
+        A token that ends in the middle of a character has an empty text, and the one that completes it the whole character.
+        """
+        ...
+
+
+@runtime_checkable
 class AdaptivePolicy(Protocol):
     """It learns from what it sees beside the gradient, such as running statistics of its inputs."""
 

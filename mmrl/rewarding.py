@@ -34,6 +34,7 @@ from mmrl.transcripts import Transcript, by_task
 from mmrl.types import EpisodeRecord, Rollout
 
 EPS = 1e-6
+ENVIRONMENT = "(environment)"  # what the environment paid, among the scores of an episode: no reward can be called so
 
 
 class _Head(BaseModel):
@@ -89,10 +90,12 @@ def _refuse_others(component: Component) -> None:
 
 @dataclass(frozen=True)
 class _Scores:
-    """One reward's scores: what it adds to each decision, and which episodes it could not score."""
+    """One reward's scores: what it adds to each decision, the sum over an episode, and which episodes it could not score."""
 
+    name: str
     weight: float
     places_TB: Tensor
+    totals_M: Tensor
     failed_M: Tensor
 
 
@@ -103,6 +106,13 @@ class Scorer:
         self._where, self._normalise, self._environment = where, combine == "normalised", environment
         self._rewards = [(block, block.build()) for block in blocks]
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of what counts, by the names that scores of episodes have."""
+        own = self._environment if self._rewards else 1.0
+        named = {block.name: block.weight for block, _ in self._rewards} | {ENVIRONMENT: own}
+        return {name: weight for name, weight in named.items() if weight}
+
     def score(self, rollout: Rollout) -> tuple[Rollout, dict[str, float]]:
         """The rollout with these rewards, and what there is to log. Raises TrainingError where a reward scored nothing at all."""
         episodes = rollout.episodes
@@ -111,7 +121,8 @@ class Scorer:
         metrics: dict[str, float] = {}
         columns = [self._ask(block, reward, rollout, metrics) for block, reward in self._rewards]
         own = rollout.rewards_TB.double() * rollout.valid_TB
-        columns.append(_Scores(self._environment, own, torch.zeros_like(columns[0].failed_M)))
+        paid_M = episodes.returns_M.double()
+        columns.append(_Scores(ENVIRONMENT, self._environment, own, paid_M, torch.zeros_like(columns[0].failed_M)))
         counted = [column for column in columns if column.weight]
         failed_M = torch.stack([column.failed_M & (column.weight != 0) for column in columns]).any(0)
         rewards_TB = torch.zeros_like(own)
@@ -119,7 +130,9 @@ class Scorer:
             on_scale_TB = _normalised(column.places_TB, episodes, ~failed_M) if self._normalise else column.places_TB
             rewards_TB += column.weight * on_scale_TB
         metrics["rollout/unscored_episodes"] = float(failed_M.sum())
-        return _rewarded(rollout, rewards_TB, failed_M), metrics
+        scores = {column.name: column.totals_M for column in columns}
+        scored = replace(rollout, episodes=replace(episodes, scores=scores))
+        return _rewarded(scored, rewards_TB, failed_M), metrics
 
     def _ask(self, block: RewardBlock, reward: Any, rollout: Rollout, metrics: dict[str, float]) -> _Scores:
         """One reward's scores; adds what it has to say to ``metrics``."""
@@ -143,8 +156,8 @@ class Scorer:
         metrics[f"{name}/failed"] = 1 - len(scored) / len(totals)
         metrics.update({f"{name}/{term}": float(mean) for term, mean in getattr(reward, "terms", {}).items()})
         failed_M = torch.tensor([math.isnan(total) for total in totals])
-        device = rollout.rewards_TB.device
-        return _Scores(block.weight, places_TB.to(device), failed_M.to(device))
+        device, totals_M = rollout.rewards_TB.device, torch.tensor(totals, dtype=torch.float64)
+        return _Scores(block.name, block.weight, places_TB.to(device), totals_M.to(device), failed_M.to(device))
 
     @staticmethod
     def _scores(block: RewardBlock, reward: Any, transcripts: Sequence[Transcript]) -> Sequence[float | Sequence[float]]:

@@ -175,6 +175,7 @@ class Stage:
             environments,
             self._make_source,
             run.progress.note,
+            run.dir / "trajectories",
         )
 
     def _environment_changes(self) -> tuple[str, Mapping[str, Any]]:

@@ -213,7 +213,8 @@ class EpisodeRecord:
     """M finished episodes: task id, undiscounted return, success, env steps, and any further metric at the end, each [M].
 
     spans_M3: int64, the slot of a rollout, the first and the last decision of each; None: they are of no rollout.
-    transcripts: of each, where the environment talks; else empty.
+    transcripts: of each, where the environment talks; else empty. scores: what each reward gave before its weight, NaN where it
+    failed.
     """
 
     task_ids_M: Tensor
@@ -223,6 +224,7 @@ class EpisodeRecord:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     spans_M3: Tensor | None = None
     transcripts: tuple[Transcript, ...] = ()
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         m = self.task_ids_M.shape[0]
@@ -234,6 +236,8 @@ class EpisodeRecord:
             expect("EpisodeRecord", name, getattr(self, name), m)
         for name, value in self.metrics.items():
             expect("EpisodeRecord", f"metrics[{name!r}]", value, m)
+        for name, value in self.scores.items():
+            expect("EpisodeRecord", f"scores[{name!r}]", value, m)
 
     def select(self, index_M: Tensor) -> EpisodeRecord:
         return EpisodeRecord(
@@ -244,6 +248,7 @@ class EpisodeRecord:
             {name: value[index_M] for name, value in self.metrics.items()},
             None if self.spans_M3 is None else self.spans_M3[index_M],
             tuple(self.transcripts[m] for m in index_M.tolist()) if self.transcripts else (),
+            {name: value[index_M] for name, value in self.scores.items()},
         )
 
     @staticmethod
@@ -256,6 +261,7 @@ class EpisodeRecord:
             {name: torch.cat([part.metrics[name] for part in parts]) for name in parts[0].metrics},
             None if parts[0].spans_M3 is None else torch.cat([part.spans_M3 for part in parts if part.spans_M3 is not None]),
             tuple(transcript for part in parts for transcript in part.transcripts),
+            {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
         )
 
 

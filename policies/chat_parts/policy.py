@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
@@ -97,7 +97,7 @@ class ChatConfig:
 
 
 class ChatPolicy(nn.Module, ABC):
-    """See the module. Satisfies LikelihoodPolicy, ValuePolicy and SupervisedPolicy (of Talks) of mmrl.protocols."""
+    """See the module. Satisfies LikelihoodPolicy, ValuePolicy, LegiblePolicy and SupervisedPolicy (of Talks)."""
 
     horizon, execute = 1, 1
     kind: str  # in the fingerprint
@@ -303,6 +303,19 @@ class ChatPolicy(nn.Module, ABC):
             )
             for ids, ended in zip(ids_B, made.ended_B.tolist(), strict=True)
         ]
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Each decoded behind the one before it, as some tokenizers write the first of a text otherwise."""
+        texts, done = [], 0
+        for end in range(1, len(ids) + 1):
+            before, text = self._decoded(ids[max(done - 1, 0) : done]), self._decoded(ids[max(done - 1, 0) : end])
+            whole = end == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}")
+            texts.append(text[len(before) :] if whole else "")
+            done = end if whole else done
+        return texts
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @torch.no_grad()
     def value(self, observation: Observation, draws: Draws) -> Tensor:
