@@ -97,13 +97,13 @@ def _ink(text: str, width: int, height: int) -> np.ndarray:
 
 
 def _dots(width: int, height: int, ringed: bool) -> np.ndarray:
-    """Three by three dots, each in a ring of the same area that is its negative."""
+    """Three by three dots, each in a ring that is its negative: together nothing."""
     y, x = np.mgrid[:height, :width] + 0.5
     step = min(width, height) / 3
     away = np.hypot(x % step - step / 2, y % step - step / 2)
     radius = step * 0.33
     dot, ring = away <= radius, (away > radius) & (away <= radius * 2**0.5)
-    return dot.astype(np.float32) - (ringed * ring).astype(np.float32)
+    return dot.astype(np.float32) - ring.astype(np.float32) * (ringed * dot.sum() / max(1, ring.sum()))
 
 
 def shape(draw: ImageDraw.ImageDraw, name: str, box: Sequence[float], colour: Colour) -> None:
