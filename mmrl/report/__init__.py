@@ -76,7 +76,7 @@ def _templates() -> Environment:
     templates = Environment(
         loader=PackageLoader(__name__, "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    templates.filters.update(percent=_percent, points=_points, duration=clock, number=_number)
+    templates.filters.update(percent=_percent, points=_points, duration=clock, number=_number, reward=_reward)
     return templates
 
 
@@ -93,6 +93,10 @@ def _percent(share: float, digits: int = 1) -> str:
 def _points(change: float) -> str:
     """A change of a share, in percentage points, with a typographic sign."""
     return f"{'+' if change >= 0 else '−'}{abs(100 * change):.1f}"
+
+
+def _reward(value: float) -> str:
+    return f"{value:.3g}".replace("-", "−")
 
 
 def _number(value: float) -> str:

@@ -21,6 +21,7 @@ class Panel:
 
     unit: shown at the axis; "%" multiplies by 100. low, high: fixed ends of the axis, None where the data decides.
     group: the section it stands in. noisy: whether the curve is smoothed. log: whether a logarithmic axis may serve it better.
+    named: whether even a single curve needs its name beside it, as the title does not say which it is.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Panel:
     group: str = "optimisation"
     noisy: bool = True
     log: bool = False
+    named: bool = False
 
 
 SUCCESS = Panel(
@@ -47,9 +49,25 @@ SUCCESS = Panel(
 )
 # Of conversations: "agent/..." is how tools were used, "reward/NAME" what a reward gave, "reward/NAME/..." what that was made of.
 _TALKING = (
-    Panel("scores", "Scores", "Mean of each reward over a rollout, before its weight.", r"^reward/[^/]+$", group="rewards"),
-    Panel("failed", "Failed scores", "Episodes that a reward could not score.", r"^reward/[^/]+/failed$", "%", 0, group="other"),
-    Panel("terms", "Parts of scores", "What rewards that say so are made of.", r"^reward/[^/]+/", group="rewards"),
+    Panel(
+        "scores",
+        "Scores",
+        "Mean of each reward over a rollout, before its weight.",
+        r"^reward/[^/]+$",
+        group="rewards",
+        named=True,
+    ),
+    Panel(
+        "failed",
+        "Failed scores",
+        "Episodes that a reward could not score.",
+        r"^reward/[^/]+/failed$",
+        "%",
+        0,
+        group="other",
+        named=True,
+    ),
+    Panel("terms", "Parts of scores", "What rewards that say so are made of.", r"^reward/[^/]+/", group="rewards", named=True),
     Panel(
         "tools",
         "Tool use",
@@ -72,8 +90,10 @@ _TALKING = (
     ),
     Panel("turns", "Turns and calls", "Of a conversation.", r"^agent/(turns|calls)$", low=0, group="agents"),
     Panel("tokens", "Tokens of a turn", "What the policy says at a time.", r"^agent/tokens_per_turn$", low=0, group="agents"),
-    Panel("tool_seconds", "Time of a call", "Mean of each tool.", r"^agent/seconds/", "s", 0, group="agents"),
-    Panel("tool_errors", "Failed calls", "Of a rollout, by what went wrong.", r"^agent/errors/", low=0, group="agents"),
+    Panel("tool_seconds", "Time of a call", "Mean of each tool.", r"^agent/seconds/", "s", 0, group="agents", named=True),
+    Panel(
+        "tool_errors", "Failed calls", "Of a rollout, by what went wrong.", r"^agent/errors/", low=0, group="agents", named=True
+    ),
 )
 # A metric goes to the first panel that matches. Names are the last part of "prefix/name", whatever wrote the prefix.
 PANELS = (
@@ -193,7 +213,7 @@ def _panel(name: str) -> Panel:
 
 
 def _empty(panel: Panel) -> dict[str, Any]:
-    shown = ("key", "title", "note", "unit", "low", "high", "group", "log")
+    shown = ("key", "title", "note", "unit", "low", "high", "group", "log", "named")
     return {**{name: getattr(panel, name) for name in shown}, "series": [], "points": []}
 
 

@@ -6,8 +6,8 @@
   const LONG = { characters: 700, lines: 14 }; // text beyond this is folded
   const LINE = 76; // characters of a call on one line
 
-  const number = (value) => (value === null ? "–" : String(+value.toPrecision(4)));
-  const signed = (value) => (value > 0 ? `+${number(value)}` : number(value).replace("-", "−"));
+  const number = (value) => (value === null ? "–" : String(+value.toPrecision(4)).replace("-", "−"));
+  const signed = (value) => (value > 0 ? `+${number(value)}` : number(value));
   const sign = (worth) => (worth === null ? "" : worth > 0 ? "up" : worth < 0 ? "down" : "level");
 
   // ------------------------------------------------------------------ pictures
@@ -82,11 +82,14 @@
 
   const written = (call) => {
     const given = Object.entries(call.arguments).map(argument), line = `${call.name}(${given.join(", ")})`;
-    return line.length <= LINE && !line.includes("\n") ? line : `${call.name}(\n${given.map((each) => `  ${each},\n`).join("")})`;
+    const below = given.map((each) => `  ${each}${each.includes("\n") ? "" : ","}\n`);
+    return line.length <= LINE && !line.includes("\n") ? line : `${call.name}(\n${below.join("")})`;
   };
 
+  const lasting = (seconds) => (seconds === null ? "" : seconds < 0.001 ? "less than 1 ms" : `${number(seconds)} s`);
+
   const call = (talk, called) => {
-    const about = [called.seconds === null ? "" : `${number(called.seconds)} s`, ...Object.entries(called.numbers).map(([name, value]) => `${name} ${number(value)}`)];
+    const about = [lasting(called.seconds), ...Object.entries(called.numbers).map(([name, value]) => `${name} ${number(value)}`)];
     const head = html("p", { class: "small muted" }, about.filter(Boolean).join(" · "));
     if (called.error !== null) head.prepend(html("b", { class: "wrong" }, `✕ ${called.error.replaceAll("_", " ")}`), " ");
     const reply = called.reply === null ? [text(called.text)] : parts(talk, talk.messages[called.reply]);

@@ -139,10 +139,10 @@
     plot.chart = { panel, frame, cursor };
   };
 
-  /** Names of the curves under a chart that has more than one, or evaluations. */
+  /** Names of the curves under a chart that has more than one, or evaluations, or whose title does not say what they are. */
   const legend = (plot) => {
     const panel = panels.get(plot.dataset.panel);
-    if (panel.series.length < 2 && !panel.points.length) return;
+    if (panel.series.length < 2 && !panel.points.length && !panel.named) return;
     const list = html("ul", { class: "names" });
     panel.series.forEach((series, i) => {
       const swatch = html("i");
