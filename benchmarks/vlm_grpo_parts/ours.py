@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from task import Costs, Stopwatch, Task, begin, closer, question, reward, serve
 from torch import Tensor
+from vlm_grpo_parts.task import Costs, Stopwatch, Task, begin, closer, question, reward, serve
 
 from mmrl.algorithms.grpo import GRPO
 from mmrl.messages import Message

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,7 +137,7 @@ def serve(step: Callable[[], Costs], about: Mapping[str, Any]) -> None:
 
 def begin() -> Task:
     """The task that the command line names."""
-    task = Task.read(Path(sys.argv[1]).read_text())
+    task = Task.read(sys.argv[1])
     torch.set_num_threads(task.threads)
     torch.manual_seed(0)
     return task

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import trl.trainer.grpo_trainer as trainer_module
 from datasets import Dataset, Features, Value
-from task import Costs, Line, Stopwatch, Task, begin, closer, question, reward
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -20,6 +19,7 @@ from transformers import (
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
+from vlm_grpo_parts.task import Costs, Line, Stopwatch, Task, begin, closer, question, reward
 
 STEPS = 10_000  # more than are asked for
 # TRL wants a template that shows calls; in what is tokenised there are none.
