@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -19,6 +19,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 from mmrl.component import Component, Problems, jsonable, merge, validate
 from mmrl.errors import ConfigError
 from mmrl.optim import OptimizerConfig
+from mmrl.protocols import AsyncEnvironment
+from mmrl.rewarding import RewardBlock
+from mmrl.transcripts import TalkingEnvironment
 
 __all__ = ["Block", "Component", "OptimizerConfig", "RunConfig", "device_name", "dump", "load", "load_as", "resolved"]
 
@@ -62,6 +65,15 @@ class SupervisedConfig(Block):
     """Weight of the term; [from, to] moves linearly over the stage."""
 
 
+class ScoringConfig(Block):
+    """How the rewards of a stage become one."""
+
+    combine: Literal["sum", "normalised"] = "sum"
+    """sum: weighted; normalised: each is first put on the scale of its group (see mmrl/rewarding.py)."""
+    environment: float = 0.0
+    """Weight of the environment's own reward, which ``rewards`` otherwise replace."""
+
+
 class StageConfig(Block):
     """One stage of a run: an algorithm, what it learns from, and for how long."""
 
@@ -75,6 +87,10 @@ class StageConfig(Block):
     """Needed by algorithms that learn from rollouts."""
     data: Component | None = None
     """Needed by algorithms that learn from examples."""
+    rewards: list[RewardBlock] = Field(default_factory=list)
+    """What conversations are worth, in place of the environment's own reward; each a ``target`` with ``weight`` and ``name``."""
+    scoring: ScoringConfig | None = None
+    """How ``rewards`` become one; null: their weighted sum."""
     supervised: SupervisedConfig | None = None
     """A supervised term beside the algorithm's own loss."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
@@ -83,6 +99,10 @@ class StageConfig(Block):
     """Fields of the policy that differ in this stage."""
     environment: dict[str, Any] = Field(default_factory=dict)
     """Fields of the environment that differ in this stage."""
+    keep_conversations: NonNegativeInt = 4
+    """Conversations of a rollout kept for the report, of one task: the best, the worst, the second best...; 0 keeps none."""
+    keep_every: PositiveInt | None = None
+    """Iterations between rollouts of which conversations are kept; null: a tenth of the stage. The last is always among them."""
     max_skipped_updates: PositiveInt = 5
     """Updates in a row with a loss or gradient that is not finite before the run stops."""
     micro_batch: PositiveInt | None = None
@@ -266,7 +286,7 @@ def _refusals(config: RunConfig) -> Iterator[str]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"'stages' has {names.count(name)} stages called '{name}'; each needs a name of its own"
     for stage in config.stages:
-        for check in (_blocks, _capabilities, _sizes):
+        for check in (_blocks, _capabilities, _sizes, _rewards):
             yield from check(config, stage)
         yield from _overridden(config.policy, stage.policy, f"stages.{stage.name}.policy")
         yield from _overridden(config.environment, stage.environment, f"stages.{stage.name}.environment")
@@ -341,6 +361,26 @@ def _sizes(config: RunConfig, stage: StageConfig) -> Iterator[str]:
             whole if parts == 1 else f"the {num_envs // parts} environments of a part: {whole} / '{key}.collect.parts' ({parts})"
         )
         yield f"'{key}.algorithm.group_size' is {size}, which does not divide {each}"
+
+
+def _rewards(config: RunConfig, stage: StageConfig) -> Iterator[str]:
+    """Rewards that nothing would read, that share a name, or that have no conversation to judge."""
+    key, names = f"stages.{stage.name}", [reward.name for reward in stage.rewards]
+    if not names:
+        if stage.scoring is not None:
+            yield f"unused key '{key}.scoring': the stage has no '{key}.rewards'"
+        return
+    if "rollout" not in _needs(stage):
+        yield f"unused key '{key}.rewards': '{key}.algorithm' is {stage.algorithm.target}, which learns from no rollout"
+    if not issubclass(config.environment.cls, TalkingEnvironment):
+        yield f"'{key}.rewards' judge conversations, and 'environment.target' ({config.environment.target}) has none"
+    alone = stage.collect is None or stage.collect.parts == 1 or issubclass(config.environment.cls, AsyncEnvironment)
+    if not alone:
+        yield f"'{key}.collect.parts' needs processes that hand over no conversation for '{key}.rewards'; set it to 1"
+    if stage.collect is not None and stage.collect.auto_reset:
+        yield f"'{key}.collect.auto_reset' is true, but '{key}.rewards' judge whole episodes; set it to false"
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"'{key}.rewards' has {names.count(name)} rewards called '{name}'; give each a 'name' of its own"
 
 
 def _overridden(component: Component, changes: dict[str, Any], key: str) -> Iterator[str]:

@@ -6,18 +6,20 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import torch
 
 from mmrl.config import MeasuringConfig
+from mmrl.conversing import summary
 from mmrl.errors import ConfigError, TrainingError
 from mmrl.numerics.statistics import wilson_interval
 from mmrl.playing import ATTEMPTS, Played, Player, Reel
 from mmrl.progress import Progress
 from mmrl.protocols import Environment, Policy
 
+TOOL_RATES = {"tool_rate": "tool rate", "faithful_rate": "faithful rate"}  # of conversations, as a person reads them
 _FIRST_LOOK, _LAST_LOOK = 2**12, 2**20  # ids that are looked at for so many of each family
 
 
@@ -28,7 +30,7 @@ class FamilyResult:
     episodes: those that count, each a success, a failure (the task ended by itself, without success) or a time-out. lost: those
     that the simulator lost at every attempt, which do not count. return_, return_std: mean and standard deviation (unbiased; 0
     where there is only one) of the undiscounted return over the episodes; length: their mean in env steps. A family without
-    episodes has zeros, and an interval from 0 to 1.
+    episodes has zeros, and an interval from 0 to 1. talk: ``mmrl.conversing.summary`` of their conversations, if they were any.
     """
 
     success: float
@@ -42,6 +44,7 @@ class FamilyResult:
     return_: float
     return_std: float
     length: float
+    talk: Mapping[str, float] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def of(cls, played: Sequence[Played], /, **more: Any) -> Self:
@@ -62,12 +65,14 @@ class FamilyResult:
             return_=statistics.fmean(returns) if n else 0.0,
             return_std=statistics.stdev(returns) if n > 1 else 0.0,
             length=statistics.fmean(episode.steps for episode in counted) if n else 0.0,
+            talk=summary([episode.talk for episode in counted if episode.talk is not None]),
             **more,
         )
 
     def row(self) -> dict[str, Any]:
         """As it stands in metrics.jsonl, where the mean is called ``return``."""
-        return {field.name.rstrip("_"): getattr(self, field.name) for field in fields(FamilyResult)}
+        own = {each.name.rstrip("_"): getattr(self, each.name) for each in fields(FamilyResult) if each.name != "talk"}
+        return {**own, **self.talk}
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ class EvaluationResult(FamilyResult):
         others = f"{self.failures} failed, {self.timeouts} ran out of time"
         lost = f" ({self.lost} more were lost by the simulator)" if self.lost else ""
         returns = f"return {self.return_:.4g} ± {self.return_std:.2g} (std)"
-        return f"{success}, {returns} over {self.episodes} episodes{lost}; {others}"
+        tools = "".join(f"; {words} {self.talk[name]:.1%}" for name, words in TOOL_RATES.items() if name in self.talk)
+        return f"{success}, {returns} over {self.episodes} episodes{lost}; {others}{tools}"
 
 
 def evaluate(

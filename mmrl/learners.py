@@ -5,21 +5,27 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmrl.component import Component
-from mmrl.config import StageConfig
+from mmrl.config import ScoringConfig, StageConfig
+from mmrl.conversing import ToolWatch, talk_metrics
 from mmrl.errors import ConfigError
+from mmrl.keeping import Keeper
 from mmrl.optim import Optimization
-from mmrl.protocols import AdaptivePolicy, Environment, ExampleSource
+from mmrl.protocols import AdaptivePolicy, Environment, ExampleSource, SelectiveAlgorithm
+from mmrl.refilling import Gathered, counted, gather_rollout
+from mmrl.rewarding import Scorer
 from mmrl.rollout import Collector, episode_metrics
 from mmrl.seeding import Streams, derive_seed
-from mmrl.updates import RolloutUpdate, SupervisedTerm, SupervisedUpdate
+from mmrl.types import Rollout
+from mmrl.updates import MetricMerger, RolloutUpdate, SupervisedTerm, SupervisedUpdate
 
 STATISTICS_EXAMPLES = 4096  # examples a policy without normalisation statistics takes them from
 
@@ -28,7 +34,8 @@ STATISTICS_EXAMPLES = 4096  # examples a policy without normalisation statistics
 class Setting:
     """What a stage gives its learner. ``where`` names the stage in messages, ``index`` is its place in the run.
 
-    make_environments: takes how many, and in how many parts that simulate beside one another (see build_parts).
+    make_environments: takes how many, and in how many parts that simulate beside one another (see build_parts). note:
+    takes a sentence that a person should read. trajectories: the folder of what is kept for the report.
     """
 
     where: str
@@ -40,6 +47,8 @@ class Setting:
     device: torch.device
     make_environments: Callable[[int, int], Sequence[Environment]]
     make_source: Callable[[str, Component], ExampleSource]
+    note: Callable[[str], None]
+    trajectories: Path
 
     def optimization(self, total_updates: int) -> Optimization:
         config = self.config
@@ -100,7 +109,8 @@ class RolloutLearner(Learner):
         assert config.collect is not None
         self._policy = policy
         self._value = policy.value if "critic" in algorithm.needs else None
-        reset = not algorithm.whole_episodes if config.collect.auto_reset is None else config.collect.auto_reset
+        whole = algorithm.whole_episodes or bool(config.rewards)
+        reset = not whole if config.collect.auto_reset is None else config.collect.auto_reset
         self._environments = setting.make_environments(config.collect.num_envs, config.collect.parts)
         self._collector = Collector(
             self._environments,
@@ -112,6 +122,11 @@ class RolloutLearner(Learner):
         )
         # Another seed of the run, and another stage, means other tasks.
         self._collector.next_task = derive_seed(setting.streams.seed, "tasks", setting.index) % 2**40 + 2**32
+        scoring = config.scoring or ScoringConfig()
+        self._scorer = Scorer(config.rewards, f"{setting.where}.rewards", scoring.combine, scoring.environment)
+        self._watch = ToolWatch()
+        self._keeper = Keeper(config, policy, self._scorer.weights, setting.trajectories)
+        self._note = setting.note
         supervised = _supervised(setting)  # may give the policy its statistics, so before the reference copies it
         self._reference = policy.reference() if algorithm.uses_reference else None
         self.optimization = setting.optimization(config.iterations * algorithm.epochs * algorithm.minibatches)
@@ -129,38 +144,68 @@ class RolloutLearner(Learner):
 
     def iterate(self, iteration: int) -> dict[str, float]:
         times = [time.perf_counter()]
-        rollout = self._collector.collect(self._policy, self._value)
+        played, reward = self._gather()
         times.append(time.perf_counter())
-        batch, advantages = self._update.prepare(rollout)
+        batch, advantages = self._update.prepare(played.rollout)
         times.append(time.perf_counter())
         metrics = self._update.run(batch, iteration)
         if isinstance(self._policy, AdaptivePolicy):
             self._policy.adapt(batch.trace)
         times.append(time.perf_counter())
+        self._keeper.see(iteration, played.rollout, advantages)
         collect, score, update = (later - earlier for earlier, later in pairwise(times))
         return {
-            **episode_metrics(rollout.episodes),
+            **episode_metrics(played.episodes),
             **grouped(metrics),
             **{f"advantages/{name}": number for name, number in advantages.metrics.items()},
-            "rollout/decisions": float(rollout.decisions),
-            "rollout/env_steps": float(rollout.env_steps),
-            "rollout/lost_episodes": float(rollout.lost),
+            **played.metrics,
+            "rollout/decisions": float(played.decisions),
+            "rollout/env_steps": float(played.env_steps),
+            "rollout/lost_episodes": float(played.lost),
             "rollout/trained_decisions": float(len(batch)),
-            "speed/env_steps_per_s": rollout.env_steps / collect,
-            "speed/decisions_per_s": rollout.decisions / (collect + score + update),
-            "seconds/collect": collect,
+            "speed/env_steps_per_s": played.env_steps / (collect - reward),
+            "speed/decisions_per_s": played.decisions / (collect + score + update),
+            "seconds/collect": collect - reward,
+            "seconds/reward": reward,
             "seconds/score": score,
             "seconds/update": update,
         }
+
+    def _gather(self) -> tuple[Gathered, float]:
+        """What is learned from, its rewards given, and the seconds that these took."""
+        seconds, rewards = 0.0, MetricMerger({"rollout/unscored_episodes": sum})
+
+        def collect() -> Rollout:
+            nonlocal seconds
+            rollout = self._collector.collect(self._policy, self._value)
+            started = time.perf_counter()
+            scored, metrics = self._scorer.score(rollout)
+            rewards.add(metrics)
+            seconds += time.perf_counter() - started
+            return scored
+
+        algorithm = self._update.algorithm
+        if isinstance(algorithm, SelectiveAlgorithm) and algorithm.max_refills:
+            played = gather_rollout(collect, algorithm.taught, algorithm.max_refills)
+        else:
+            rollout = collect()
+            played = counted(rollout, [rollout], {})
+        talk = talk_metrics(played.episodes.transcripts)
+        if warning := self._watch.see(talk.get("agent/tool_rate")):
+            self._note(warning)
+        sums = {f"rollout/{name}": number for name, number in played.metrics.items()}
+        return replace(played, metrics={**sums, **talk, **rewards.result()}), seconds
 
     def sections(self) -> dict[str, Mapping[str, Tensor]]:
         return {} if self._reference is None else {"reference": self._reference.state_dict()}
 
     def meta(self) -> dict[str, Any]:
-        return {"next_task": self._collector.next_task}
+        return {"next_task": self._collector.next_task, "tool_watch": self._watch.state()}
 
     def restore(self, sections: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
         self._collector.next_task = int(meta["next_task"])
+        if "tool_watch" in meta:  # runs that are older have none
+            self._watch.restore(meta["tool_watch"])
         if self._reference is not None:
             self._reference.load_state_dict(sections["reference"])
 

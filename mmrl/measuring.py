@@ -31,7 +31,8 @@ from mmrl.playback import load_policy, result_table
 from mmrl.playing import Played, Player, Reel
 from mmrl.progress import Progress
 from mmrl.protocols import Environment
-from mmrl.report.evaluation import EPISODES, NUMBERS, TRAJECTORIES
+from mmrl.report.evaluation import EPISODES, NUMBERS
+from mmrl.report.run import TRAJECTORIES
 from mmrl.report.system import describe_system
 from mmrl.seeding import configure_torch
 

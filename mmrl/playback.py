@@ -17,7 +17,7 @@ from mmrl.building import build_environment, build_policy, choose_device, exclus
 from mmrl.component import Component
 from mmrl.config import RunConfig, StageConfig, load
 from mmrl.errors import CheckpointError, TrainingError
-from mmrl.evaluation import EvaluationResult, evaluate, slots_of
+from mmrl.evaluation import TOOL_RATES, EvaluationResult, evaluate, slots_of
 from mmrl.optim import Optimization
 from mmrl.playing import stage_reel
 from mmrl.progress import Progress
@@ -120,12 +120,13 @@ def result_table(result: EvaluationResult, title: str) -> Table:
     """A line a task, for the terminal."""
     table = Table(title=escape(title))
     columns = ("task", "success", "95 % interval", "failed", "out of time", "return (± std)", "steps", "episodes")
-    lost = result.lost > 0
-    for column in (*columns, "lost") if lost else columns:
+    lost, rates = result.lost > 0, [name for name in TOOL_RATES if name in result.talk]
+    for column in (*columns, *(TOOL_RATES[name] for name in rates), *(["lost"] if lost else [])):
         table.add_column(column, justify="left" if column == "task" else "right")
     for name, rate in [*result.families.items(), ("all", result)]:
         interval, returns = f"{rate.low:.1%} - {rate.high:.1%}", f"{rate.return_:.4g} ± {rate.return_std:.2g}"
         measured = (f"{rate.success:.1%}", interval, str(rate.failures), str(rate.timeouts), returns, f"{rate.length:.1f}")
         cells = measured if rate.episodes else ("-",) * len(measured)
-        table.add_row(escape(name), *cells, str(rate.episodes), *([str(rate.lost)] if lost else []))
+        tools = (f"{rate.talk[name]:.1%}" if name in rate.talk else "-" for name in rates)
+        table.add_row(escape(name), *cells, str(rate.episodes), *tools, *([str(rate.lost)] if lost else []))
     return table

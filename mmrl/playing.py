@@ -9,11 +9,11 @@ seats changes nothing, as every kernel computes its rows one by one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +21,13 @@ from torch.nn.functional import one_hot
 
 from mmrl.checkpoint import atomic_write_text
 from mmrl.columns import cat, put
+from mmrl.conversing import Talk
+from mmrl.keeping import write_conversation
 from mmrl.numerics.draws import Draws
 from mmrl.protocols import Environment, Policy, RenderEnvironment
 from mmrl.report.video import write_animation
 from mmrl.seeding import derive_seed
+from mmrl.transcripts import TalkingEnvironment
 from mmrl.types import Action, Observation, Step
 
 VIDEO_FPS = 10
@@ -38,7 +41,8 @@ class Played:
     """How one episode ended.
 
     failure: the task ended by itself, without success. timeout: its time was up before that. lost: the simulator broke down at
-    every attempt, so the episode counts for nothing. return_: undiscounted. steps: of the environment.
+    every attempt, so the episode counts for nothing. return_: undiscounted. steps: of the environment. talk: what was counted in
+    its conversation, where the environment talks; no part of what makes two episodes equal, for tools take time.
     """
 
     task_id: int
@@ -47,6 +51,7 @@ class Played:
     outcome: Outcome
     return_: float
     steps: int
+    talk: Talk | None = field(default=None, compare=False)
 
     def row(self) -> dict[str, Any]:
         """As it stands in episodes.jsonl and beside its video."""
@@ -59,11 +64,12 @@ class Played:
             "timed_out": self.outcome == "timeout",
             "steps": self.steps,
             "return": self.return_,
+            **({} if self.talk is None else self.talk.row()),
         }
 
 
 class Reel(NamedTuple):
-    """Where videos go: to ``folder``/``stem``-TASK.webp, each beside a json file that says ``about`` and how it ended."""
+    """Where episodes are kept: as ``folder``/``stem``-TASK.json, which says ``about`` and how it ended, and what goes with it."""
 
     folder: Path
     stem: str
@@ -91,7 +97,8 @@ class Player:
     ) -> list[Played]:
         """These tasks, ``num_envs`` at a time, in their order; ``advance`` is told of those that are over.
 
-        An episode that the simulator loses is played again, ATTEMPTS times in all. The tasks ``filmed`` go to ``reel``.
+        An episode that the simulator loses is played again, ATTEMPTS times in all. The tasks ``filmed`` go to ``reel``: on video,
+        or written down where they are conversations.
         """
         played: dict[int, Played] = {}
         pending = list(tasks)
@@ -122,24 +129,28 @@ class Player:
         tasks_B = torch.tensor(tasks + tasks[-1:] * (environment.num_envs - n), device=self.device)
         observation = environment.reset(tasks_B)
         instructions, score = observation.instructions, _Score(tasks_B)
-        film = _Film(torch.tensor([slot for slot, task in enumerate(tasks) if task in filmed], dtype=torch.long))
-        film.shoot(environment)
+        recorder = _recorder(environment, [slot for slot, task in enumerate(tasks) if task in filmed])
+        recorder.look()
         for decision in count():
             rows_N = (~score.done_B[:n]).nonzero()[:, 0]
             if len(rows_N) == 0:
                 break
             chosen = put(self.decide(observation.select(rows_N), tasks_B[rows_N], decision), rows_N, len(tasks_B))
             action = chosen[torch.arange(len(tasks_B), device=self.device).clamp(max=n - 1)]
-            # One action at a time while filming: the same episode, but every frame is seen.
-            for piece in action.split(1, dim=1) if film.frames and isinstance(action, Tensor) else (action,):
+            for piece in recorder.pieces(action):
                 step = environment.step(piece)
                 score.add(step)
-                film.shoot(environment)
+                recorder.look()
             observation = step.observation
         families = environment.family_of(tasks_B)
-        episodes = [Played(task, families[slot], instructions[slot], *score.of(slot)) for slot, task in enumerate(tasks)]
-        if reel is not None and film.frames:
-            film.save(episodes, reel)
+        talks = [
+            Talk.of(environment.transcript(slot)) if isinstance(environment, TalkingEnvironment) else None for slot in range(n)
+        ]
+        episodes = [
+            Played(task, families[slot], instructions[slot], *score.of(slot), talks[slot]) for slot, task in enumerate(tasks)
+        ]
+        if reel is not None:
+            recorder.save(episodes, reel)
         return episodes
 
 
@@ -187,27 +198,83 @@ class _Score:
         return ("lost" if self.lost_B[slot] else outcome), float(self.return_B[slot]), int(self.steps_B[slot])
 
 
-class _Film:
-    """Frames of the slots ``slots_M``."""
+class _Recorder(Protocol):
+    """Keeps the episodes of some slots of an environment, of one round."""
 
-    def __init__(self, slots_M: Tensor) -> None:
-        self.slots_M = slots_M
-        self.frames: list[Tensor] = []
+    def look(self) -> None:
+        """See how things stand: after the reset, and after every step."""
+        ...
 
-    def shoot(self, environment: Environment) -> None:
-        if isinstance(environment, RenderEnvironment) and len(self.slots_M):
-            self.frames.append(environment.render_video(self.slots_M).cpu())
+    def pieces(self, action: Action) -> Iterable[Action]:
+        """What to execute one after the other, so that nothing is missed; together it is ``action``."""
+        ...
 
     def save(self, episodes: list[Played], reel: Reel) -> None:
-        """A video of each slot's episode, and what there is to say about it; none of a lost one."""
+        """Those of the slots' episodes that were not lost."""
+        ...
+
+
+class _Nothing:
+    """Of an environment that shows nothing."""
+
+    def look(self) -> None: ...
+
+    def pieces(self, action: Action) -> Iterable[Action]:
+        return (action,)
+
+    def save(self, episodes: list[Played], reel: Reel) -> None: ...
+
+
+class _Notes(_Nothing):
+    """Conversations are written down as they end: they stand until the next round."""
+
+    def __init__(self, environment: TalkingEnvironment, slots: list[int]) -> None:
+        self.environment, self.slots = environment, slots
+
+    def save(self, episodes: list[Played], reel: Reel) -> None:
+        for slot, episode, name in _kept(self.slots, episodes, reel):
+            write_conversation(reel.folder, name, self.environment.transcript(slot), {**reel.about, **episode.row()})
+
+
+class _Film:
+    """Videos, a frame for each action."""
+
+    def __init__(self, environment: RenderEnvironment, slots: list[int]) -> None:
+        self.environment, self.slots = environment, slots
+        self.frames: list[Tensor] = []
+
+    def look(self) -> None:
+        self.frames.append(self.environment.render_video(torch.tensor(self.slots)).cpu())
+
+    def pieces(self, action: Action) -> Iterable[Action]:
+        return action.split(1, dim=1) if isinstance(action, Tensor) else (action,)
+
+    def save(self, episodes: list[Played], reel: Reel) -> None:
+        """A video of each slot's episode, and what there is to say about it."""
         reel.folder.mkdir(parents=True, exist_ok=True)
+        seat = {slot: m for m, slot in enumerate(self.slots)}
         frames_TM = torch.stack(self.frames)
-        for m, slot in enumerate(self.slots_M.tolist()):
-            episode = episodes[slot]
-            if episode.outcome == "lost":
-                continue
-            name = f"{reel.stem}-{episode.task_id}"
-            frames_T = frames_TM[: episode.steps + 1, m]
+        for slot, episode, name in _kept(self.slots, episodes, reel):
+            frames_T = frames_TM[: episode.steps + 1, seat[slot]]
             write_animation(reel.folder / f"{name}.webp", frames_T, fps=VIDEO_FPS, success=episode.outcome == "success")
             about = {**reel.about, **episode.row(), "video": f"{name}.webp"}
             atomic_write_text(reel.folder / f"{name}.json", json.dumps(about, indent=1) + "\n")
+
+
+# What an environment can do -> who keeps its episodes; the first that fits.
+_RECORDERS: tuple[tuple[type, Callable[[Any, list[int]], _Recorder]], ...] = (
+    (TalkingEnvironment, _Notes),
+    (RenderEnvironment, _Film),
+)
+
+
+def _recorder(environment: Environment, slots: list[int]) -> _Recorder:
+    made = (make(environment, slots) for promise, make in _RECORDERS if slots and isinstance(environment, promise))
+    return next(made, _Nothing())
+
+
+def _kept(slots: list[int], episodes: list[Played], reel: Reel) -> Iterator[tuple[int, Played, str]]:
+    """Slot, episode and file name of what is worth keeping."""
+    for slot in slots:
+        if episodes[slot].outcome != "lost":
+            yield slot, episodes[slot], f"{reel.stem}-{episodes[slot].task_id}"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrl.numerics.draws import Draws
+from mmrl.transcripts import Transcript
 from mmrl.types import (
     ActionSpec,
     Batch,
@@ -172,6 +173,18 @@ class ValuePolicy(Protocol):
 
 
 @runtime_checkable
+class LegiblePolicy(Protocol):
+    """It talks in tokens that a person can read; a decision's units are the tokens of its message."""
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token of a message, special ones by name; all of them together are the message.
+
+        A token that ends in the middle of a character has an empty text, and the one that completes it the whole character.
+        """
+        ...
+
+
+@runtime_checkable
 class AdaptivePolicy(Protocol):
     """It learns from what it sees beside the gradient, such as running statistics of its inputs."""
 
@@ -280,12 +293,16 @@ class LossContext:
 
 @dataclass(frozen=True)
 class Advantages:
-    """What an algorithm made of a rollout: keep_TB is valid_TB less what it filters out; a critic regresses returns_TB."""
+    """What an algorithm made of a rollout: keep_TB is valid_TB less what it filters out; a critic regresses returns_TB.
+
+    units_TBK: what each unit was worth, where those of a decision differ; None where advantages_TB says it all.
+    """
 
     advantages_TB: Tensor
     returns_TB: Tensor
     keep_TB: Tensor
     metrics: Mapping[str, float]
+    units_TBK: Tensor | None = None
 
 
 class Algorithm(Protocol):
@@ -303,12 +320,26 @@ class RolloutAlgorithm(Algorithm, Protocol):
     max_kl: float | None  # leave the remaining updates of a rollout out once the approximate KL of one exceeds this
     group_size: int  # G episodes of one task; 1 where the algorithm compares nothing
     whole_episodes: bool  # whether it judges episodes as wholes, so that none may be cut by the end of the rollout
-    uses_reference: bool  # whether ``loss`` reads Batch.reference_log_probs_NK
+    uses_reference: bool  # whether it reads the reference's log-probabilities, of the rollout or of a batch
 
     def advantages(self, rollout: Rollout) -> Advantages: ...
 
     def loss(self, policy: LikelihoodPolicy, batch: Batch, context: LossContext) -> Loss:
         """This micro-batch's share of the mini-batch's loss; shares add up to the loss of the whole mini-batch."""
+        ...
+
+
+@runtime_checkable
+class SelectiveAlgorithm(Protocol):
+    """A rollout algorithm that judges whole episodes and learns from some of its groups only."""
+
+    max_refills: int  # how often a rollout's other groups are replaced by groups played anew; 0: never
+    judges_by_reference: (
+        bool  # whether ``advantages`` reads the reference, so that it is asked about all decisions, not these alone
+    )
+
+    def taught(self, rollout: Rollout) -> Tensor:
+        """The slots whose episodes it would learn from: bool [B], the same for all of a group. Reads no reference."""
         ...
 
 
@@ -329,7 +360,23 @@ class Tool(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+@runtime_checkable
 class Reward(Protocol):
-    """Scores a whole rollout's episodes; a failed score is NaN, which masks the sample and is counted."""
+    """Scores conversations. Built as ``cls(config)``.
 
-    def __call__(self, rollout: Rollout) -> Tensor: ...
+    It may have a ``failure``, a sentence that says why the last score that failed did, and ``terms``, name -> mean of what its
+    last scores were made of, for the log.
+    """
+
+    def __call__(self, transcripts: Sequence[Transcript], /) -> Sequence[float]:
+        """A score for each conversation of a rollout; those of one task_id are a group. NaN: scoring failed, never a silent 0."""
+        ...
+
+
+@runtime_checkable
+class TurnReward(Protocol):
+    """Scores the turns of conversations. Built as ``cls(config)``, and with what else a Reward may have."""
+
+    def per_turn(self, transcripts: Sequence[Transcript], /) -> Sequence[Sequence[float]]:
+        """A score for each turn of each conversation; a NaN among them means that scoring this conversation failed."""
+        ...

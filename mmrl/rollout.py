@@ -24,6 +24,7 @@ from torch import Tensor
 from mmrl.columns import Values, apply, cat, stack
 from mmrl.numerics.draws import Draws
 from mmrl.protocols import AsyncEnvironment, Environment, Policy
+from mmrl.transcripts import TalkingEnvironment
 from mmrl.types import Action, Decision, EpisodeRecord, Observation, Rollout, Step
 
 ValueFunction = Callable[[Observation, Draws], Tensor]
@@ -39,16 +40,18 @@ class _Column:
     valid_B: Tensor
     task_ids_B: Tensor
     final_values_B: Tensor
+    anchors_B: Tensor | None
 
 
 class _EpisodeLog:
-    """Return and length of the running episode in each slot, and the finished ones."""
+    """Return and length of the running episode in each slot of ``environment``, and the finished ones."""
 
-    def __init__(self, num_envs: int, device: torch.device) -> None:
+    def __init__(self, environment: Environment, device: torch.device) -> None:
+        num_envs = environment.num_envs
+        self.transcript = environment.transcript if isinstance(environment, TalkingEnvironment) else None
         self.returns_B = torch.zeros(num_envs, device=device)
         self.lengths_B = torch.zeros(num_envs, dtype=torch.long, device=device)
         self.finished: list[EpisodeRecord] = []
-        self.slots: list[Tensor] = []  # of the finished ones
         self.first_B = torch.zeros_like(self.lengths_B)  # the decision with which the running episode began
         self.lost: list[tuple[int, int, int]] = []  # (slot, first decision, last decision)
 
@@ -56,18 +59,26 @@ class _EpisodeLog:
         self.returns_B += (step.rewards_BC * step.valid_BC).sum(1) * valid_B
         self.lengths_B += step.valid_BC.sum(1) * valid_B
         self.lost += [(slot, int(self.first_B[slot]), t) for slot in (ended_B & step.lost_B).nonzero()[:, 0].tolist()]
-        self.finish(step, ended_B & ~step.lost_B, task_ids_B)
+        self.finish(t, step, ended_B & ~step.lost_B, task_ids_B)
         self.first_B = torch.where(ended_B, t + 1, self.first_B)
         self.returns_B = torch.where(ended_B, 0.0, self.returns_B)
         self.lengths_B = torch.where(ended_B, 0, self.lengths_B)
 
-    def finish(self, step: Step, ended_B: Tensor, task_ids_B: Tensor) -> None:
+    def finish(self, t: int, step: Step, ended_B: Tensor, task_ids_B: Tensor) -> None:
+        """Record the episodes of the slots ``ended_B``, of which decision ``t`` was the last."""
+        slots_M = ended_B.nonzero()[:, 0]
         metrics = {name: value[ended_B] for name, value in step.metrics.items() if name != "success"}
         success = step.metrics["success"][ended_B]
-        self.finished.append(
-            EpisodeRecord(task_ids_B[ended_B], self.returns_B[ended_B], success, self.lengths_B[ended_B], metrics)
-        )
-        self.slots.append(ended_B.nonzero()[:, 0])
+        spans_M3 = torch.stack([slots_M, self.first_B[ended_B], torch.full_like(slots_M, t)], 1)
+        transcripts = () if self.transcript is None else tuple(self.transcript(slot) for slot in slots_M.tolist())
+        values = task_ids_B[ended_B], self.returns_B[ended_B], success, self.lengths_B[ended_B]
+        self.finished.append(EpisodeRecord(*values, metrics, spans_M3, transcripts))
+
+    def record(self) -> EpisodeRecord:
+        """The finished episodes, slot by slot."""
+        whole = EpisodeRecord.concat(self.finished)
+        assert whole.spans_M3 is not None
+        return whole.select(whole.spans_M3[:, 0].argsort(stable=True))
 
 
 class Collector:
@@ -113,7 +124,7 @@ class Collector:
             for part in parts:
                 part.follow()  # waits for this part alone
                 part.decide()
-        return _join([part.rollout() for part in parts])
+        return join([part.rollout() for part in parts])
 
 
 class _Part:
@@ -127,8 +138,8 @@ class _Part:
         self._ages_B = torch.zeros_like(self._tasks_B)  # decisions in the running episodes
         self._running_B = torch.ones(size, dtype=torch.bool, device=device)
         self._observe = _begin_reset(environment, self._tasks_B)  # waits for what the next decision sees
-        self._log, self._columns = _EpisodeLog(size, device), []
-        self._pending: tuple[Decision, Callable[[], Step]] | None = None
+        self._log, self._columns = _EpisodeLog(environment, device), []
+        self._pending: tuple[Decision, Tensor | None, Callable[[], Step]] | None = None
 
     def decide(self) -> None:
         """Act in the slots that run, and let the environment begin with what follows."""
@@ -141,20 +152,20 @@ class _Part:
             rows = self._running_B.nonzero()[:, 0]
             decision = self._policy.act(observation.select(rows), draws.select(rows), explore=True)
             decision = decision.spread(rows, len(self._running_B))
-        self._pending = decision, _begin_step(self._environment, decision.action)
+        self._pending = decision, observation.anchors_B, _begin_step(self._environment, decision.action)
 
     def follow(self) -> None:
         """See what followed the last decision, if there was one."""
         if self._pending is None:
             return
-        decision, wait = self._pending
+        decision, anchors_B, wait = self._pending
         self._pending, step = None, wait()
         t, running_B = len(self._columns), self._running_B
         ended_B = step.done_B & running_B
         self._log.add(t, step, running_B, ended_B, self._tasks_B)
         self._ages_B = self._ages_B + 1
         final_values_B = self._values_of(step.observation, ended_B & step.truncated_B)
-        self._columns.append(_Column(decision, step, running_B, self._tasks_B, final_values_B))
+        self._columns.append(_Column(decision, step, running_B, self._tasks_B, final_values_B, anchors_B))
         self._observe = lambda: step.observation
         if not self._collector.auto_reset:
             self._running_B = running_B & ~ended_B
@@ -173,7 +184,7 @@ class _Part:
         last = self._columns[-1].step
         last_values_B = self._values_of(last.observation, self._running_B & ~last.done_B)
         if not self._collector.auto_reset:  # whole episodes were asked for: one that was cut is recorded as it stands
-            self._log.finish(last, self._running_B & ~last.done_B, self._tasks_B)
+            self._log.finish(len(self._columns) - 1, last, self._running_B & ~last.done_B, self._tasks_B)
         return _assemble(self._columns, last_values_B, self._log)
 
     def _timed(self, observation: Observation) -> Observation:
@@ -229,10 +240,16 @@ def _assemble(columns: Sequence[_Column], last_values_B: Tensor, log: _EpisodeLo
         terminated_TB=torch.stack([c.step.terminated_B for c in columns]),
         truncated_TB=torch.stack([c.step.truncated_B for c in columns]),
         task_ids_TB=torch.stack([c.task_ids_B for c in columns]),
-        episodes=EpisodeRecord.concat(log.finished).select(torch.cat(log.slots).argsort(stable=True)),
+        episodes=log.record(),
         env_steps=sum(int((c.step.valid_BC & c.valid_B[:, None]).sum()) for c in columns),
         lost=len(log.lost),
+        anchor_TB=None if columns[0].anchors_B is None else torch.stack([_anchors(c) for c in columns]),
     )
+
+
+def _anchors(column: _Column) -> Tensor:
+    assert column.anchors_B is not None  # an environment gives keys always or never
+    return column.anchors_B
 
 
 def _values(decision: Decision) -> Tensor:
@@ -240,7 +257,7 @@ def _values(decision: Decision) -> Tensor:
     return torch.zeros(len(decision.mask_BK), device=decision.mask_BK.device) if decision.values_B is None else decision.values_B
 
 
-def _join(parts: Sequence[Rollout]) -> Rollout:
+def join(parts: Sequence[Rollout]) -> Rollout:
     """Side by side; what is shorter than the longest is filled up with decisions that are not valid.
 
     Episodes are in the order of their tasks, and those of one task in the order of their slots.
@@ -257,15 +274,48 @@ def _join(parts: Sequence[Rollout]) -> Rollout:
     tensors = {
         f.name: side_by_side([getattr(part, f.name) for part in parts])
         for f in fields(Rollout)
-        if f.name.endswith(("_TB", "_TBK"))
+        if f.name.endswith(("_TB", "_TBK")) and getattr(parts[0], f.name) is not None
     }
-    episodes = EpisodeRecord.concat([part.episodes for part in parts])
+    before = [sum(part.rewards_TB.shape[1] for part in parts[:index]) for index in range(len(parts))]
+    episodes = EpisodeRecord.concat([_shifted(part.episodes, slots) for part, slots in zip(parts, before, strict=True)])
     return Rollout(
         trace={name: side_by_side([part.trace[name] for part in parts]) for name in parts[0].trace},
         **tensors,
         episodes=episodes.select(episodes.task_ids_M.argsort(stable=True)),
         env_steps=sum(part.env_steps for part in parts),
         lost=sum(part.lost for part in parts),
+    )
+
+
+def _shifted(episodes: EpisodeRecord, slots: int) -> EpisodeRecord:
+    """The same episodes, so many slots further on."""
+    assert episodes.spans_M3 is not None
+    return replace(episodes, spans_M3=episodes.spans_M3 + episodes.spans_M3.new_tensor([slots, 0, 0]))
+
+
+def of_slots(rollout: Rollout, keep_B: Tensor) -> Rollout:
+    """A rollout of whole episodes, one in each slot and none where it was lost, without the slots that keep_B leaves out.
+
+    env_steps and lost are those of the slots that stay.
+    """
+    played_B = rollout.valid_TB.any(0)
+    index_N = keep_B.nonzero()[:, 0]
+    tensors = {
+        f.name: getattr(rollout, f.name)[:, index_N]
+        for f in fields(Rollout)
+        if f.name.endswith(("_TB", "_TBK")) and getattr(rollout, f.name) is not None
+    }
+    episodes = rollout.episodes.select(keep_B[played_B].nonzero()[:, 0])
+    assert episodes.spans_M3 is not None
+    slots_M = keep_B.cumsum(0)[episodes.spans_M3[:, 0]] - 1  # where their slots are now
+    episodes = replace(episodes, spans_M3=torch.cat([slots_M[:, None], episodes.spans_M3[:, 1:]], 1))
+    return replace(
+        rollout,
+        trace={name: apply(values, lambda x: x[:, index_N]) for name, values in rollout.trace.items()},
+        **tensors,
+        episodes=episodes,
+        env_steps=int(episodes.lengths_M.sum()),
+        lost=int((keep_B & ~played_B).sum()),
     )
 
 

@@ -174,6 +174,8 @@ class Stage:
             run.device,
             environments,
             self._make_source,
+            run.progress.note,
+            run.dir / "trajectories",
         )
 
     def _environment_changes(self) -> tuple[str, Mapping[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -100,8 +100,18 @@ class Transcript:
         return (*self.opening, *(message for turn in self.turns for message in (turn.message, *turn.replies)))
 
 
+def by_task(transcripts: Sequence[Transcript]) -> dict[int, list[int]]:
+    """The places of the transcripts of each task: a rollout's groups."""
+    groups: dict[int, list[int]] = {}
+    for place, transcript in enumerate(transcripts):
+        groups.setdefault(transcript.task_id, []).append(place)
+    return groups
+
+
 @runtime_checkable
 class TalkingEnvironment(Protocol):
-    """An environment whose episodes are conversations."""
+    """An environment whose episodes are conversations, a turn for each decision."""
 
-    def transcript(self, slot: int) -> Transcript: ...
+    def transcript(self, slot: int) -> Transcript:
+        """The conversation in ``slot``, as it stands; after its end, until the slot is reset."""
+        ...

@@ -8,8 +8,9 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from mmrl.caching import cache_folder, digest
 from mmrl.messages import Picture, ToolContext, ToolError, ToolResult
-from tools.search_parts.caching import build_once, cache_folder, digest, shown
+from tools.search_parts.caching import build_once, shown
 from tools.search_parts.features import Classical, Clip, Features
 from tools.search_parts.gallery import Entry, Gallery
 

@@ -21,8 +21,9 @@ import Stemmer
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from mmrl.caching import cache_folder, digest
 from mmrl.messages import ToolContext, ToolError, ToolResult
-from tools.search_parts.caching import build_once, cache_folder, digest, shown
+from tools.search_parts.caching import build_once, shown
 from tools.search_parts.corpus import Corpus, Document
 from tools.search_parts.encoder import Encoder
 from tools.search_parts.words import VERSION, Words

@@ -10,9 +10,9 @@ from PIL import Image
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from mmrl.caching import Answers, cache_folder
 from mmrl.errors import DataError
 from mmrl.messages import Picture, ToolContext, ToolError, ToolResult
-from tools.search_parts.caching import Answers, cache_folder
 from tools.search_parts.corpus import Corpus, Document
 from tools.search_parts.fetching import Limits, check, fetch
 from tools.search_parts.pages import decode, readable, split

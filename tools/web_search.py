@@ -18,9 +18,9 @@ import urllib3
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from mmrl.caching import Answers, cache_folder
 from mmrl.errors import ConfigError
 from mmrl.messages import ToolContext, ToolError, ToolResult
-from tools.search_parts.caching import Answers, cache_folder
 
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)  # statuses after which another try may succeed
 _MAX_BYTES = 4_000_000  # of an answer

@@ -1,7 +1,8 @@
 """``report.html``: one file that shows what a run learned, opens anywhere and asks nothing of the network.
 
-Curves are computed here and drawn by page.js; every text goes through the template's escaping, and the page's own content
-security policy forbids anything but its one script and embedded pictures.
+Curves are computed here and drawn by page.js; what was said is shown by conversations.js when a conversation is opened. Every text
+goes through the template's escaping, or into the page as data that the scripts show as text, and the page's own content security
+policy forbids anything but its one script and embedded pictures.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from mmrl.report.summary import summarize
 __all__ = ["FILE", "build", "build_evaluation", "is_evaluation"]
 
 FILE = "report.html"
+_STYLES = ("page.css", "conversations.css")
+_SCRIPTS = ("elements.js", "page.js", "conversations.js")  # one after the other, as one
 
 
 def build(run_dir: Path) -> Path:
@@ -35,24 +38,26 @@ def build(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     run = load(run_dir)
-    data = chart_data(run.rows)
-    return _write(run_dir, "page.html.jinja", data, run=run, summary=summarize(run), charts=data)
+    charts = chart_data(run.rows)
+    data = charts | run.recorded.talks.data()
+    return _write(run_dir, "page.html.jinja", data, run=run, summary=summarize(run), charts=charts)
 
 
 def build_evaluation(folder: Path) -> Path:
     """Write ``folder/report.html`` of what ``mmrl evaluate CHECKPOINT CONFIG`` left there. Raises MMRLError if it is damaged."""
-    return _write(folder, "evaluation.html.jinja", chart_data([]), measured=evaluation.load(folder))
+    measured = evaluation.load(folder)
+    return _write(folder, "evaluation.html.jinja", chart_data([]) | measured.recorded.talks.data(), measured=measured)
 
 
 def _write(folder: Path, template: str, data: Any, **shown: Any) -> Path:
-    script = _part("page.js")
+    script = "".join(map(_part, _SCRIPTS))
     page = (
         _templates()
         .get_template(template)
         .render(
             **shown,
             data=_embeddable(data),
-            style=_part("page.css"),
+            style="".join(map(_part, _STYLES)),
             script=script,
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )

@@ -35,18 +35,50 @@ class Panel:
     log: bool = False
 
 
-# A metric goes to the first panel that matches. Names are the last part of "prefix/name", whatever wrote the prefix.
-PANELS = (
+SUCCESS = Panel(
+    "success",
+    "Success rate",
+    "Training episodes; dots are evaluations with their 95 % intervals.",
+    r"(^|/)success$",
+    "%",
+    0,
+    1,
+    "learning",
+)
+# Of conversations: "agent/..." is how tools were used, "reward/NAME" what a reward gave, "reward/NAME/..." what that was made of.
+_TALKING = (
+    Panel("scores", "Scores", "Mean of each reward over a rollout, before its weight.", r"^reward/[^/]+$", group="rewards"),
+    Panel("failed", "Failed scores", "Episodes that a reward could not score.", r"^reward/[^/]+/failed$", "%", 0, group="other"),
+    Panel("terms", "Parts of scores", "What rewards that say so are made of.", r"^reward/[^/]+/", group="rewards"),
     Panel(
-        "success",
-        "Success rate",
-        "Training episodes; dots are evaluations with their 95 % intervals.",
-        r"(^|/)success$",
+        "tools",
+        "Tool use",
+        "Conversations with a call; calls that worked; right answers whose tools brought the evidence up.",
+        r"^agent/(tool|tool_success|faithful)_rate$",
         "%",
         0,
         1,
-        "learning",
+        "agents",
     ),
+    Panel(
+        "endings",
+        "Endings",
+        "Conversations that ended with an answer, and those cut for length.",
+        r"^agent/(answered|truncated)$",
+        "%",
+        0,
+        1,
+        "agents",
+    ),
+    Panel("turns", "Turns and calls", "Of a conversation.", r"^agent/(turns|calls)$", low=0, group="agents"),
+    Panel("tokens", "Tokens of a turn", "What the policy says at a time.", r"^agent/tokens_per_turn$", low=0, group="agents"),
+    Panel("tool_seconds", "Time of a call", "Mean of each tool.", r"^agent/seconds/", "s", 0, group="agents"),
+    Panel("tool_errors", "Failed calls", "Of a rollout, by what went wrong.", r"^agent/errors/", low=0, group="agents"),
+)
+# A metric goes to the first panel that matches. Names are the last part of "prefix/name", whatever wrote the prefix.
+PANELS = (
+    *_TALKING,
+    SUCCESS,
     Panel(
         "reward",
         "Reward",
@@ -127,7 +159,7 @@ def chart_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if row["kind"] == "evaluation" and (rate := Rate.of(row))
     ]
     if points:
-        panels.setdefault("success", _empty(PANELS[0]))["points"] = points
+        panels.setdefault("success", _empty(SUCCESS))["points"] = points
     order = [panel.key for panel in PANELS]
     return {
         "axes": {"step": [row["step"] for row in binned], "minutes": [_round(row["seconds"] / 60) for row in binned]},

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from mmrl.errors import MMRLError
-from mmrl.report.run import Clip, clips_of
+from mmrl.report.run import TRAJECTORIES, Recorded, recorded_in
 
-NUMBERS, EPISODES, TRAJECTORIES = "evaluation.json", "episodes.jsonl", "trajectories"
+NUMBERS, EPISODES = "evaluation.json", "episodes.jsonl"
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class Measured:
     tasks: Mapping[str, Mapping[str, Any]]
     environment: Mapping[str, Any]
     config_text: str
-    clips: list[Clip]
-    clips_left_out: int
+    recorded: Recorded
     notices: list[str]
 
 
@@ -43,7 +42,8 @@ def load(folder: Path) -> Measured:
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
         config, checkpoint = numbers["config"], numbers["checkpoint"]
-        clips, left_out = clips_of(folder / TRAJECTORIES, notices)
+        recorded = recorded_in(folder / TRAJECTORIES, (), notices)
+        recorded.clips.sort(key=lambda clip: (clip.family, not clip.success, clip.task_id))
         where = f", {checkpoint['stage']} after {checkpoint['iteration']} iterations" if "stage" in checkpoint else ""
         return Measured(
             name=numbers["name"],
@@ -54,8 +54,7 @@ def load(folder: Path) -> Measured:
             tasks=numbers["tasks"],
             environment={name: numbers[name] for name in ("hardware", "versions")},
             config_text=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120),
-            clips=sorted(clips, key=lambda clip: (clip.family, not clip.success, clip.task_id)),
-            clips_left_out=left_out,
+            recorded=recorded,
             notices=notices,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,7 +1,4 @@
-"use strict";
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const tip = document.getElementById("tip");
   const panels = new Map(data.panels.map((panel) => [panel.key, panel]));
   const plots = [...document.querySelectorAll(".plot")];
   const PER_X_TICK = 70, PER_Y_TICK = 36; // pixels
@@ -13,12 +10,6 @@
     const element = document.createElementNS("http://www.w3.org/2000/svg", name);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
     if (text !== undefined) element.textContent = text;
-    return element;
-  };
-  const html = (name, attributes = {}, ...children) => {
-    const element = document.createElement(name);
-    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-    element.append(...children);
     return element;
   };
   const colour = (i) => `var(--s${i % 6})`;
@@ -169,8 +160,6 @@
 
   // ------------------------------------------------------------------ reading values off a chart
 
-  const pair = (name, value) => html("p", {}, html("span", {}, name), html("b", {}, value));
-
   /** What can be read at each x of a chart, in order: training rows with a value, and evaluations. */
   const stops = (panel) => {
     const rows = data.stage.map((_, i) => ({ i, x: data.axes[axis][i] })).filter(({ i }) => panel.series.some((s) => s.raw[i] !== null));
@@ -250,7 +239,7 @@
 
   // ------------------------------------------------------------------ rollouts
 
-  const clips = [...document.querySelectorAll(".clip")], filters = document.querySelector(".filters");
+  const clips = [...document.querySelectorAll(".clip")], filters = document.querySelector("#rollouts .filters");
   if (!filters) return;
   const filter = () => {
     const wanted = [...new FormData(filters)].filter(([, value]) => value);

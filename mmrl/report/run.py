@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +11,19 @@ import yaml
 
 from mmrl import metrics
 from mmrl.errors import MMRLError
+from mmrl.report.conversations import Talks, is_conversation, talks_of
+from mmrl.report.recordings import Clip, clips_of, read_records
 
-MAX_CLIPS = 60
-MAX_CLIP_BYTES = 16 * 2**20  # base64 adds a third, and a report should still open at once and travel by mail
-_MIME = {".webp": "image/webp", ".gif": "image/gif", ".png": "image/png", ".jpg": "image/jpeg"}
+TRAJECTORIES = "trajectories"  # the folder of recorded episodes, of a run as of an evaluation
 
 
 @dataclass(frozen=True)
-class Clip:
-    """One recorded episode. ``image`` is a data URI, None where the recording is missing."""
+class Recorded:
+    """What ``trajectories`` holds and the page shows."""
 
-    label: str
-    stage: str
-    task_id: str
-    family: str
-    instruction: str
-    success: bool
-    timed_out: bool
-    steps: int | None
-    total_reward: float | None
-    image: str | None
-
-    @property
-    def when(self) -> str:
-        return f"{self.label} {self.stage}".strip()
-
-    @property
-    def outcome(self) -> str:
-        return "success" if self.success else "out of time" if self.timed_out else "failure"
+    clips: list[Clip]
+    clips_left_out: int
+    talks: Talks
 
 
 @dataclass(frozen=True)
@@ -53,8 +35,7 @@ class Run:
     config_text: str
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
-    clips: list[Clip]
-    clips_left_out: int
+    recorded: Recorded
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -85,17 +66,23 @@ def load(run_dir: Path) -> Run:
     notices: list[str] = []
     config_text = _text(run_dir / "config.yaml", notices)
     rows = metrics.read(run_dir)
-    clips, left_out = clips_of(run_dir / "trajectories", notices)
+    recorded = recorded_in(run_dir / TRAJECTORIES, [row["stage"] for row in rows], notices)
     return Run(
         name=run_dir.resolve().name,
         rows=rows,
         config_text=config_text,
         config=_mapping(config_text, run_dir / "config.yaml", notices),
         environment=_mapping(_text(run_dir / "environment.json", notices), run_dir / "environment.json", notices),
-        clips=_side_by_side(clips, [row["stage"] for row in rows]),
-        clips_left_out=left_out,
+        recorded=replace(recorded, clips=_side_by_side(recorded.clips, [row["stage"] for row in rows])),
         notices=notices,
     )
+
+
+def recorded_in(folder: Path, stages: Sequence[str], notices: list[str]) -> Recorded:
+    """``stages``: in the order of the run."""
+    records = read_records(folder, notices)
+    clips, left_out = clips_of([record for record in records if not is_conversation(record)], folder)
+    return Recorded(clips, left_out, talks_of(filter(is_conversation, records), folder, stages, notices))
 
 
 def _text(path: Path, notices: list[str]) -> str:
@@ -118,61 +105,7 @@ def _mapping(text: str, path: Path, notices: list[str]) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def clips_of(folder: Path, notices: list[str]) -> tuple[list[Clip], int]:
-    """As many recordings as fit, evenly from each stage, label, family and outcome; and how many were left out."""
-    records, damaged = [], 0
-    for path in sorted(folder.glob("*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            records.append({**record, "instruction": str(record["instruction"]), "success": bool(record["success"])})
-        except (OSError, ValueError, KeyError, TypeError):
-            damaged += 1
-    if damaged:
-        notices.append(f"{damaged} recorded rollout{'s' * (damaged > 1)} could not be read.")
-    shown, room = [], MAX_CLIP_BYTES
-    for record in _evenly(records):
-        video = _video(folder, record)
-        size = video.stat().st_size if video else 0
-        if len(shown) < MAX_CLIPS and size <= room:
-            room -= size
-            shown.append(_clip(record, video))
-    return shown, len(records) - len(shown)
-
-
 def _side_by_side(clips: Iterable[Clip], stages: Iterable[str]) -> list[Clip]:
     """The same task's recordings next to one another, from the beginning of the run to its end."""
     order = {stage: position for position, stage in enumerate(dict.fromkeys(stages))}
     return sorted(clips, key=lambda c: (c.family, c.task_id, order.get(c.stage, len(order)), c.label != "before"))
-
-
-def _evenly(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """First one of each kind, then a second of each, and so on."""
-    kinds: dict[tuple[Any, ...], int] = defaultdict(int)
-    ranked = []
-    for record in records:
-        kind = tuple(str(record.get(name)) for name in ("stage", "label", "family", "success"))
-        ranked.append((kinds[kind], record))
-        kinds[kind] += 1
-    return [record for _, record in sorted(ranked, key=lambda pair: pair[0])]
-
-
-def _video(folder: Path, record: Mapping[str, Any]) -> Path | None:
-    path = folder / Path(str(record.get("video", ""))).name  # the name alone: a record cannot reach outside its folder
-    return path if path.suffix in _MIME and path.is_file() else None
-
-
-def _clip(record: Mapping[str, Any], video: Path | None) -> Clip:
-    encoded = base64.b64encode(video.read_bytes()).decode() if video else ""
-    steps, total = record.get("steps"), record.get("return")
-    return Clip(
-        label=str(record.get("label", "")),
-        stage=str(record.get("stage", "")),
-        task_id=str(record.get("task_id", "")),
-        family=str(record.get("family", "")),
-        instruction=record["instruction"],
-        success=record["success"],
-        timed_out=record.get("timed_out") is True,
-        steps=steps if isinstance(steps, int) else None,
-        total_reward=float(total) if isinstance(total, int | float) else None,
-        image=f"data:{_MIME[video.suffix]};base64,{encoded}" if video else None,
-    )

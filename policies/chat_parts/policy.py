@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmrl.columns import Column
 from mmrl.errors import MMRLError
@@ -96,7 +97,7 @@ class ChatConfig:
 
 
 class ChatPolicy(nn.Module, ABC):
-    """See the module. Satisfies LikelihoodPolicy, ValuePolicy and SupervisedPolicy (of Talks) of mmrl.protocols."""
+    """See the module. Satisfies LikelihoodPolicy, ValuePolicy, LegiblePolicy and SupervisedPolicy (of Talks)."""
 
     horizon, execute = 1, 1
     kind: str  # in the fingerprint
@@ -112,15 +113,21 @@ class ChatPolicy(nn.Module, ABC):
         self.model = self._load(_DTYPES[config.dtype])
         self._tokenizer = load_tokenizer(config.checkpoint)
         self._freeze()
-        if not isinstance(self.model.get_output_embeddings(), nn.Linear):
+        self.model.eval()
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
             raise MMRLError(
                 f"policy.lora.modules = {config.lora.modules!r} adapts the output head, which cannot be; leave it out"
             )
+        if head.bias is not None:
+            raise MMRLError(f"policy.checkpoint = {config.checkpoint}: its output head has a bias, which is not supported")
         if config.checkpointing:
             self.model.gradient_checkpointing_enable()
         self.network = self._network()
         spans = [SpanWeight(_compiled(span.pattern), span.weight) for span in config.spans]
-        self.ears = Ears(self._tokenizer, self.network, self._image_id(), config.checkpoint, spans)
+        self.ears = Ears(
+            self._tokenizer, self.network, self._image_id(), config.checkpoint, unsayable=self._unsayable(), spans=spans
+        )
         self._build_critic()
         self.to(device)
         self.engine = LocalEngine(self.network, self._sampling(config.temperature))
@@ -212,13 +219,19 @@ class ChatPolicy(nn.Module, ABC):
         """bf16 autocast on a GPU while the weights are float32; no dropout, in training neither."""
         if train:
             self.engine.forget()
-            self.model.train(self.config.checkpointing)  # transformers checkpoints in training mode alone
+            self._checkpoint(self.config.checkpointing)
         autocast = self.device.type == "cuda" and self.config.dtype == "float32"
         try:
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(train):
                 yield
         finally:
-            self.model.eval()
+            self._checkpoint(False)
+
+    def _checkpoint(self, on: bool) -> None:
+        """transformers checkpoints layers in training mode alone; what is in them stays as it was, without dropout."""
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = on
 
     def train(self, mode: bool = True) -> ChatPolicy:
         """Modes change nothing: with dropout a decision could not be scored again."""
@@ -282,9 +295,27 @@ class ChatPolicy(nn.Module, ABC):
     def _messages(self, made: Generated) -> list[Message]:
         ids_B = [row[:count] for row, count in zip(made.ids_BK.tolist(), made.count_B.tolist(), strict=True)]
         return [
-            Message("assistant", (self.ears.text(ids),), token_ids=tuple(ids), finish="stop" if ended else "length")
+            Message(
+                "assistant",
+                (self.ears.text(ids[:-1] if ended else ids),),
+                token_ids=tuple(ids),
+                finish="stop" if ended else "length",
+            )
             for ids, ended in zip(ids_B, made.ended_B.tolist(), strict=True)
         ]
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Each decoded behind the one before it, as some tokenizers write the first of a text otherwise."""
+        texts, done = [], 0
+        for end in range(1, len(ids) + 1):
+            before, text = self._decoded(ids[max(done - 1, 0) : done]), self._decoded(ids[max(done - 1, 0) : end])
+            whole = end == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}")
+            texts.append(text[len(before) :] if whole else "")
+            done = end if whole else done
+        return texts
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @torch.no_grad()
     def value(self, observation: Observation, draws: Draws) -> Tensor:

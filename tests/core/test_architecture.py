@@ -26,6 +26,7 @@ CONTRACTS = (
     "mmrl.protocols",
     "mmrl.numerics",
     "mmrl.errors",
+    "mmrl.caching",
     "mmrl.component",
 )
 FREE = ("mmrl",)  # the trainer, the command line and what serves them: all of mmrl, but nothing outside it
@@ -37,9 +38,11 @@ RULES = {
     "mmrl.messages": (),
     "mmrl.transcripts": ("mmrl.messages",),
     "mmrl.answers": ("mmrl.registry",),
-    "mmrl.types": ("mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.transcripts"),
+    "mmrl.observation": ("mmrl.columns", "mmrl.messages"),
+    "mmrl.types": ("mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.observation", "mmrl.transcripts"),
     "mmrl.protocols": ("mmrl.types", "mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.transcripts"),
     "mmrl.errors": (),
+    "mmrl.caching": ("mmrl.errors",),
     "mmrl.registry": ("mmrl.errors",),
     "mmrl.component": ("mmrl.errors", "mmrl.registry"),
     "mmrl.algorithms": CONTRACTS,
@@ -54,7 +57,7 @@ RULES = {
     "simulators": (*CONTRACTS, "mmrl.workers", "mmrl.registry"),
     "tools": CONTRACTS,
 }
-TORCH_ONLY = ("mmrl.numerics", "mmrl.columns", "mmrl.types", "mmrl.protocols")
+TORCH_ONLY = ("mmrl.numerics", "mmrl.columns", "mmrl.observation", "mmrl.types", "mmrl.protocols")
 
 SOURCES = sorted(path for package in (*PACKAGES, "benchmarks") for path in (ROOT / package).rglob("*.py"))
 MODULES = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in PACKAGES]

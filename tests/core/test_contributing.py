@@ -15,9 +15,10 @@ from PIL import Image
 from mmrl.batching import make_batch
 from mmrl.calling import HermesCalls, Toolbox
 from mmrl.messages import Picture
-from mmrl.protocols import Environment, LikelihoodPolicy, LossContext, RolloutAlgorithm
+from mmrl.protocols import Environment, LikelihoodPolicy, LossContext, Reward, RolloutAlgorithm, TurnReward
 from mmrl.registry import ROOT
 from mmrl.rollout import Collector
+from tests.rewards.tales import tale
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
 
@@ -81,12 +82,10 @@ def test_the_three_learn_together(parts: tuple[Any, Any, Any]) -> None:
     assert sum(success[-3:]) / 3 > 0.9
 
 
-def test_the_reward_scores_episodes(shown: dict[str, Any], parts: tuple[Any, Any, Any]) -> None:
-    policy, environment, _ = parts
-    rollout = Collector([environment], decisions=10, seed=0, device=torch.device("cpu"), auto_reset=False).collect(policy)
-    scores = shown["Brevity"](shown["Brevity"].Config(limit=20))(rollout)
-    rows = zip(rollout.episodes.success_M.tolist(), rollout.episodes.lengths_M.tolist(), strict=True)
-    assert scores.tolist() == pytest.approx([max(0.0, 1 - length / 20) if success else 0.0 for success, length in rows])
+def test_the_reward_scores_conversations(shown: dict[str, Any]) -> None:
+    reward = shown["Brevity"](shown["Brevity"].Config(limit=4))
+    assert isinstance(reward, Reward) and not isinstance(reward, TurnReward)
+    assert reward([tale(), tale([], [], []), tale([]), tale([], answer="maybe")]) == [0.75, 0.0, 0.5, 0.25]
 
 
 def test_a_model_calls_the_tool_and_is_told_its_mistakes(shown: dict[str, Any]) -> None:

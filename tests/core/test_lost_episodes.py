@@ -36,7 +36,7 @@ class Losing(ScriptedEnvironment):
 
     def step(self, actions_BCA: Tensor) -> Step:
         step = super().step(actions_BCA)
-        for moment in self.transcript[-1]:
+        for moment in self.seen[-1]:
             if moment.before == 2 and self.times.get(moment.task, 0) > 0:
                 self.times[moment.task] -= 1
                 self.lost[moment.slot] = True

@@ -319,7 +319,7 @@ def test_recordings_are_embedded_byte_for_byte(run_dir, page):
 
 
 def test_recordings_of_one_task_stand_side_by_side_in_the_order_of_the_run(run_dir):
-    order = [(clip.family, clip.when) for clip in load(run_dir).clips]
+    order = [(clip.family, clip.when) for clip in load(run_dir).recorded.clips]
     assert order == [(family, f"{label} improve") for family in sorted(FAMILIES) for label in ("before", "after")]
 
 
@@ -406,12 +406,12 @@ def test_damaged_and_missing_files_become_sentences(tmp_path):
 
 
 def test_many_rollouts_are_thinned_out_evenly(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmrl.report.run.MAX_CLIPS", 4)
+    monkeypatch.setattr("mmrl.report.recordings.MAX_CLIPS", 4)
     run = make_run(tmp_path / "run", improve=1)
     loaded = load(run)
-    assert loaded.clips_left_out == 4 and len(loaded.clips) == 4
+    assert loaded.recorded.clips_left_out == 4 and len(loaded.recorded.clips) == 4
     # each (label, family, outcome) occurs once here, so the first four in order of their file names are shown
-    assert {(clip.label, clip.family) for clip in loaded.clips} == {("after", family) for family in FAMILIES}
+    assert {(clip.label, clip.family) for clip in loaded.recorded.clips} == {("after", family) for family in FAMILIES}
     assert "4 more in the run's folder" in text_of(report.build(run).read_text())
 
 

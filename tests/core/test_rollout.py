@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmrl.columns import Column
 from mmrl.numerics.advantages import gae
 from mmrl.numerics.draws import Draws
-from mmrl.rollout import Collector, episode_metrics
+from mmrl.rollout import Collector, episode_metrics, of_slots
 from mmrl.types import ActionSpec, Decision, Observation, Step
 
 CHUNK = 2
@@ -40,7 +41,7 @@ class Moment:
 class ScriptedEnvironment:
     """Task i plays ``scripts[i % len(scripts)]``: the rewards of its actions, and whether its end is a truncation.
 
-    An action adds its value to the reward, and so does its slot's ``bias``. It keeps a transcript, a list of moments a ``step``.
+    An action adds its value to the reward, and so does its slot's ``bias``. ``seen``: a list of moments a ``step``.
     """
 
     scripts: list[tuple[list[float], bool]]
@@ -49,7 +50,7 @@ class ScriptedEnvironment:
     action_spec: ActionSpec = field(default_factory=lambda: ActionSpec(1, (-1.0,), (1.0,)))
     bias: list[float] | None = None
     resets: list[tuple[list[int], list[bool]]] = field(default_factory=list)
-    transcript: list[list[Moment]] = field(default_factory=list)
+    seen: list[list[Moment]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.task, self.clock = [0] * self.num_envs, [0] * self.num_envs
@@ -84,7 +85,7 @@ class ScriptedEnvironment:
             terminated.append(done and not ends_by_time)
             truncated.append(done and ends_by_time)
             moments.append(Moment(slot, self.task[slot], before, self.clock[slot], total, terminated[-1], truncated[-1]))
-        self.transcript.append(moments)
+        self.seen.append(moments)
         end = torch.tensor(terminated)
         metrics = {"success": end.float(), "clock": torch.tensor(self.clock, dtype=torch.float32)}
         return Step(self._observe(), rewards_BC, valid_BC, end, torch.tensor(truncated), metrics)
@@ -253,7 +254,7 @@ def test_parts_that_end_early_are_filled_up() -> None:
     rollout = collector.collect(untyped(ScriptedPolicy()))
     assert rollout.valid_TB.tolist() == [[True] * 3, [True] * 3, [False, False, True]]
     assert rollout.rewards_TB.tolist() == [[3, 3, 4], [3, 3, 4], [0, 0, 4]]
-    assert [len(environment.transcript) for environment in environments] == [2, 3]
+    assert [len(environment.seen) for environment in environments] == [2, 3]
 
 
 def test_random_numbers_are_those_of_the_episode_and_its_decision() -> None:
@@ -303,9 +304,9 @@ def test_nobody_acts_for_slots_that_are_idle() -> None:
 
 
 def naive_advantages(environment: ScriptedEnvironment, gamma: float, lam: float) -> dict[tuple[int, int, int], float]:
-    """(slot, task, step before) -> advantage, from the environment's transcript: episode by episode, by the definition."""
+    """(slot, task, step before) -> advantage, from what the environment saw: episode by episode, by the definition."""
     episodes: dict[tuple[int, int], list[Moment]] = {}
-    for moments in environment.transcript:
+    for moments in environment.seen:
         for moment in moments:
             if moment.after > moment.before:
                 episodes.setdefault((moment.slot, moment.task), []).append(moment)
@@ -343,3 +344,37 @@ def test_advantages_over_a_rollout_equal_those_of_its_episodes(auto_reset: bool)
         seen.add((b, task, before))
         assert float(advantages_TB[t, b]) == pytest.approx(naive[b, task, before], rel=1e-9, abs=1e-9)
     assert seen == naive.keys()  # every decision that did anything, once
+
+
+class KeyedEnvironment(ScriptedEnvironment):
+    """The key of a state is the number of actions so far, whatever the task."""
+
+    def _observe(self) -> Observation:
+        return replace(super()._observe(), anchors_B=torch.tensor(self.clock))
+
+
+def test_a_decision_is_recorded_with_the_state_it_was_made_in() -> None:
+    """Of the moment before it, the first of an episode that began within the rollout among them; side by side in two parts."""
+    environments: list[Any] = [KeyedEnvironment(SCRIPTS, 2), KeyedEnvironment(SCRIPTS, 1)]
+    collector = Collector(environments, decisions=4, seed=0, device=torch.device("cpu"))
+    rollout = collector.collect(untyped(ScriptedPolicy()))
+    assert rollout.anchor_TB is not None
+    assert rollout.anchor_TB.tolist() == [[0, 0, 0], [2, 2, 2], [0, 0, 4], [2, 2, 0]]
+    assert torch.equal(rollout.anchor_TB, rollout.trace["state"][..., 1].long())  # what the policy saw
+    plain, _ = collect(ScriptedEnvironment(SCRIPTS, 2), ScriptedPolicy(), decisions=2)
+    assert plain.anchor_TB is None
+
+
+def test_slots_of_whole_episodes_are_taken_out_with_their_episodes() -> None:
+    environment = KeyedEnvironment([SCRIPTS[2], SCRIPTS[0], SCRIPTS[1]], 3)
+    rollout, _ = collect(environment, ScriptedPolicy(), decisions=9, auto_reset=False)
+    names = Column.of("abcdefghi").map(lambda x: x.reshape(3, 3))
+    keep_B = torch.tensor([True, False, True])
+    taken = of_slots(replace(rollout, trace={**rollout.trace, "name": names}), keep_B)
+    assert taken.rewards_TB.tolist() == rollout.rewards_TB[:, keep_B].tolist() and taken.task_ids_TB[0].tolist() == [0, 2]
+    assert taken.anchor_TB is not None and rollout.anchor_TB is not None
+    assert torch.equal(taken.anchor_TB, rollout.anchor_TB[:, keep_B])
+    assert taken.trace["name"].tolist() == [["a", "c"], ["d", "f"], ["g", "i"]]
+    assert taken.episodes.task_ids_M.tolist() == [0, 2] and taken.episodes.lengths_M.tolist() == [6, 4]
+    assert taken.env_steps == 10 and taken.lost == 0
+    assert taken.reference_log_probs_TBK is None

@@ -18,6 +18,7 @@ from mmrl.messages import Message
 from mmrl.numerics.draws import Draws
 from mmrl.playing import Player
 from mmrl.rollout import Collector
+from mmrl.transcripts import Question, Transcript, Turn
 from mmrl.types import Conversation, Decision, Observation, Packing, Rollout, Step
 
 CPU = torch.device("cpu")
@@ -77,6 +78,15 @@ class Listener:
         rewards_B1 = (running_B & ended_B).float()[:, None] * (1 + torch.arange(self.num_envs)[:, None])
         return Step(self.observe(), rewards_B1, running_B[:, None], ended_B, never_B, metrics)
 
+    def transcript(self, slot: int) -> Transcript:
+        """The answer is the last message; even tasks are answered rightly."""
+        task, said = int(self.tasks_B[slot]), self.conversations[slot]
+        turns = tuple(Turn(message, replies=(reply,)) for message, reply in zip(said[1::2], said[2::2], strict=True))
+        question = Question("talk", (str(task),), ("even",), lambda answer: float(int(answer.split()[0]) % 2 == 0))
+        over = bool(self.done_B[slot])
+        answer = turns[-1].message.text if over else None
+        return Transcript(task, question, said[:1], turns, answer, "answer" if over else "running")
+
     def family_of(self, task_ids_M: Tensor) -> tuple[str, ...]:
         return ("talk",) * len(task_ids_M)
 
@@ -107,12 +117,50 @@ def test_conversations_are_collected_and_become_samples() -> None:
         assert (batch.advantages_NJ[n, :valid] > 0).all() if n % 2 else (batch.advantages_NJ[n, :valid] < 0).all()
 
 
+def spans(rollout: Rollout) -> list[list[int]]:
+    assert rollout.episodes.spans_M3 is not None
+    return rollout.episodes.spans_M3.tolist()
+
+
+def test_an_episode_has_its_transcript_slot_and_decisions() -> None:
+    collector = Collector([Listener(4), Listener(2)], decisions=3, seed=0, device=CPU, group_size=2, auto_reset=False)  # type: ignore[list-item]
+    policy: Any = Talker()
+    rollout = collector.collect(policy)
+    assert spans(rollout) == [[0, 0, 0], [1, 0, 0], [2, 0, 1], [3, 0, 1], [4, 0, 2], [5, 0, 2]]
+    transcripts = rollout.episodes.transcripts
+    assert [t.task_id for t in transcripts] == [0, 0, 1, 1, 2, 2]
+    assert [t.answer for t in transcripts] == ["0 0", "0 0", "1 1", "1 1", "2 2", "2 2"]
+    assert [turn.message.text for turn in transcripts[4].turns] == ["2 0", "2 1", "2 2"]
+    assert [t.mark for t in transcripts] == [1, 1, 0, 0, 1, 1]
+
+
+def test_an_episode_that_was_cut_has_its_transcript_as_it_stands() -> None:
+    policy: Any = Talker()
+    rollout = Collector([Listener(3)], decisions=2, seed=0, device=CPU, auto_reset=False).collect(policy)  # type: ignore[list-item]
+    assert spans(rollout) == [[0, 0, 0], [1, 0, 1], [2, 0, 1]]
+    assert [t.ended for t in rollout.episodes.transcripts] == ["answer", "answer", "running"]
+    assert rollout.episodes.transcripts[2].answer is None and len(rollout.episodes.transcripts[2].turns) == 2
+
+
+def test_episodes_that_follow_one_another_have_their_own_transcripts() -> None:
+    policy: Any = Talker()
+    rollout = Collector([Listener(2), Listener(1)], decisions=7, seed=0, device=CPU).collect(policy)  # type: ignore[list-item]
+    assert len(spans(rollout)) > 6
+    for (slot, first, last), transcript in zip(spans(rollout), rollout.episodes.transcripts, strict=True):
+        assert rollout.task_ids_TB[first : last + 1, slot].tolist() == [transcript.task_id] * len(transcript.turns)
+        assert transcript.ended == "answer" and bool(rollout.terminated_TB[last, slot])
+        assert not rollout.terminated_TB[first:last, slot].any()
+
+
 def test_conversations_are_played_whatever_the_seats() -> None:
     policy: Any = Talker()
     for slots, act_batch in ((1, 1), (3, 2), (8, 5)):
         environment: Any = Listener(slots)
         player = Player(policy, environment, seed=0, act_batch=act_batch, device=CPU)
         played = player.play(range(10, 17), lambda _: None)
+        assert [(p.talk.turns, p.talk.correct, p.talk.faithful) for p in played if p.talk] == [
+            (t % 3 + 1, t % 2 == 0, None) for t in range(10, 17)
+        ]
         assert [(p.task_id, p.outcome, p.steps) for p in played] == [(t, "success", t % 3 + 1) for t in range(10, 17)]
 
 

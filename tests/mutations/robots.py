@@ -17,8 +17,8 @@ ROBOTS: tuple[Row, ...] = (
     (
         "rollout: a lost episode is recorded as a failure",
         "mmrl/rollout.py",
-        "self.finish(step, ended_B & ~step.lost_B, task_ids_B)",
-        "self.finish(step, ended_B, task_ids_B)",
+        "self.finish(t, step, ended_B & ~step.lost_B, task_ids_B)",
+        "self.finish(t, step, ended_B, task_ids_B)",
         f"{_LOST}::test_a_lost_episode_is_invalid_from_its_first_decision_and_the_slot_goes_on",
     ),
     (
@@ -31,8 +31,8 @@ ROBOTS: tuple[Row, ...] = (
     (
         "grpo: an incomplete group counts",
         "mmrl/algorithms/grpo.py",
-        "(complete_P & spread_P & in_range_P).repeat",
-        "(spread_P & in_range_P).repeat",
+        "return self.complete_P & self.spread_P & self.in_range_P",
+        "return self.spread_P & self.in_range_P",
         f"{_LOST}::test_grpo_leaves_an_incomplete_group_out",
     ),
     (

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
+from mmrl.caching import digest
 from mmrl.errors import ConfigError
-from tools.search_parts.caching import digest, shown
+from tools.search_parts.caching import shown
 
 BATCH = 32
 _UNLIMITED = 10**6  # a tokenizer that knows no maximum says a far larger number

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
+from mmrl.caching import digest
 from mmrl.errors import ConfigError
-from tools.search_parts.caching import digest
 
 SIDE, CELL, DIRECTIONS = 128, 16, 9
 HUES, SATURATIONS, VALUES = 12, 3, 3

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from mmrl.caching import digest
 from mmrl.errors import ConfigError, DataError
-from tools.search_parts.caching import digest
 from tools.search_parts.corpus import parse_object
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

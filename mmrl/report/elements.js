@@ -1,0 +1,15 @@
+"use strict";
+// What the scripts of the page share. Text reaches the document as text alone.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const tip = document.getElementById("tip");
+
+const html = (name, attributes = {}, ...children) => {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+};
+
+/** A line of the tip: a name and a value. */
+const pair = (name, value) => html("p", {}, html("span", {}, name), html("b", {}, value));
