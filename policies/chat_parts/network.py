@@ -25,6 +25,10 @@ class Network:
 
     def __init__(self, model: Any, pad: int) -> None:
         self.model, self.pad = model, pad
+        self._reader = model.get_decoder()  # what reads words, without the eyes
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+        self._takes_masks = config._attn_implementation == "sdpa" and kinds == {"full_attention"}
 
     @property
     def device(self) -> torch.device:
@@ -35,19 +39,26 @@ class Network:
         return self.model.config.get_text_config().hidden_size
 
     @property
+    def continues(self) -> bool:
+        """Whether gradients reach what a cache holds: transformers drops the cache where it computes activations again."""
+        return not self.model.is_gradient_checkpointing
+
+    @property
     def head(self) -> Any:
         return self.model.get_output_embeddings()
 
     def hidden(self, rows: Rows, *, cache: Cache | None = None, past_NP: Tensor | None = None) -> Tensor:
         """Last hidden states [N, L, W] of ``rows``, which follow what the cache holds (mask ``past_NP``) and join it."""
         mask = rows.mask_NL if past_NP is None else torch.cat([past_NP, rows.mask_NL], 1)
-        output = self.model.base_model(
+        sights = self.sights(rows.pictures)
+        single = rows.ids_NL.shape[1] == 1 and self._takes_masks  # a token sees all that is not padding: nothing to be worked out
+        output = (self.model.base_model if sights else self._reader)(
             input_ids=rows.ids_NL,
-            attention_mask=mask.long(),
+            attention_mask=mask[:, None, None] if single else mask.long(),
             position_ids=self._positions(rows.positions_ANL),
             past_key_values=cache,
             use_cache=cache is not None,
-            **self.sights(rows.pictures),
+            **sights,
         )
         return output.last_hidden_state
 
