@@ -19,6 +19,7 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmrl.columns import Column
@@ -111,7 +112,7 @@ class ChatPolicy(nn.Module, ABC):
         super().__init__()
         self.config, self.version = config, 0
         self.model = self._load(_DTYPES[config.dtype])
-        self._tokenizer = load_tokenizer(config.checkpoint)
+        self._tokenizer = self._load_tokenizer()
         self._freeze()
         self.model.eval()
         head = self.model.get_output_embeddings()
@@ -137,6 +138,9 @@ class ChatPolicy(nn.Module, ABC):
     @abstractmethod
     def _load(self, dtype: torch.dtype) -> Any:
         """The model, in transformers' class."""
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.config.checkpoint)
 
     @abstractmethod
     def _network(self) -> Network:

@@ -246,7 +246,7 @@ def gradients(policy: Any, loss: Tensor) -> dict[str, Tensor]:
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Equal but for rounding (transformers turns patches in float32); a weight without a gradient is one whose gradient is zero."""
+    """Equal but for rounding (transformers turns patches in float32); no gradient is one of zero."""
     assert max(float(g.abs().max()) for g in theirs.values()) > 1e-3, "a gradient of zero would pass"
     for name in ours.keys() | theirs.keys():
         zero = torch.zeros(())

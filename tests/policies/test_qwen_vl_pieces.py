@@ -276,7 +276,7 @@ def test_pictures_are_the_processor_s_where_the_two_rules_agree(build: Callable[
 
 
 def test_limits_of_pictures_must_fit_together(build: Callable[..., Any]) -> None:
-    with pytest.raises(MMRLError, match="policy.min_pixels = 5000 is more than policy.max_pixels = 4096"):
+    with pytest.raises(MMRLError, match=r"policy\.min_pixels = 5000 is more than policy\.max_pixels = 4096"):
         build(min_pixels=5000)
 
 
