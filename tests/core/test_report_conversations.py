@@ -227,20 +227,18 @@ def test_filters_and_opened_conversations_in_a_browser(run_dir: Path, tmp_path: 
     assert found is not None
     answers = json.loads(html.unescape(found[1]))
     assert answers == [[tasks, f"{len(tasks)} of 5 conversations match"] for _, tasks in REQUESTS]
-    cards = [card.partition("</details></div>")[0] for card in dom.split('<details class="talk')[1:]]
+    cards = dom.split('<details class="talk')[1:]
     by_task = {int(re.search(r"task (\d+)", card)[1]): card for card in cards}  # type: ignore[index]
     text = text_of(by_task[2])
     assert "policy · turn 1 advantage +0.5" in text and "policy · turn 2" in text and "× 2" in text
     assert "crop(" in text and "search(" in text and "0.25 s" in text and f"{len(LONG)} characters" in text
     assert by_task[2].count('class="fold"') == 3  # the system message and two results
-    assert (
-        len(re.findall(r'<span class="t up" data-i="\d+">', by_task[2]))
-        == len(f"I look. {ATTACK}") // 2 + len(f"I look. {ATTACK}") % 2 + 2
-    )
+    pieces = (len(f"I look. {ATTACK}") + 1) // 2 + 2  # of two letters, of both messages
+    assert len(re.findall(r'<span class="t up" data-i="\d+">', by_task[2])) == pieces
     assert len(re.findall(r'<span class="t " data-i="\d+">&lt;end&gt;</span>', by_task[2])) == 2
     assert 'class="t down"' in by_task[1] and 'class="t up"' not in by_task[1] and "data-i" not in by_task[4]
     assert "✕ malformed" in text_of(by_task[3]) and "a call that could not be read" in by_task[3]
-    assert "left: 25.00%; top: 50.00%; width: 33.33%; height: 25.00%" in by_task[2]  # the crop in what it was cut from
+    assert "left: 25%; top: 50%; width: 33.33%; height: 25%" in by_task[2]  # the crop in what it was cut from
     assert 'class="box evidence"' in by_task[2] and by_task[2].count("<img") == 3
     assert "attacked" in html.unescape(text) and "<img src=" not in re.sub(r'<img src="data:', "", dom)
 

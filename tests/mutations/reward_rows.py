@@ -48,8 +48,8 @@ REWARDS: tuple[Row, ...] = (
     (
         "rewarding: the environment's reward stays",
         "mmrl/rewarding.py",
-        "_Scores(self._environment, own,",
-        "_Scores(1.0, own,",
+        "_Scores(ENVIRONMENT, self._environment, own,",
+        "_Scores(ENVIRONMENT, 1.0, own,",
         f"{_SCORER}::test_rewards_add_up_and_replace_the_environment_s",
     ),
     (
