@@ -3,18 +3,18 @@
     python benchmarks/vlm_grpo.py [--only one_turn three_turns] [--steps 15] [--threads 1] [--completions 32] [--group 8]
 
 The same random weights (assets/tiny_qwen_vl_architecture, 0.8 million parameters), questions with a picture each, reward, group,
-loss (GRPO's clipped surrogate, mean over tokens, no KL), AdamW, clipping and float32; one update from every rollout; nothing but
-temperature 1 shapes what is drawn, and TRL's gradient checkpointing is off. Every turn has exactly ``--tokens`` tokens: the end of a
-turn is never drawn (here it is forbidden, there ``min_new_tokens`` forbids it).
+loss (GRPO's clipped surrogate, mean over tokens, no KL), AdamW, clipping and float32; one update from every rollout. Nothing but
+temperature 1 shapes what is drawn, and TRL's gradient checkpointing is off. Every turn has exactly ``--tokens`` tokens: the end
+of a turn is never drawn (here it is forbidden, there ``min_new_tokens`` forbids it).
 
 ``one_turn`` answers a question. ``three_turns`` goes on twice: a tool crops the picture (tools/crop.py) and shows the part. TRL's
 own tool loop does that too, but a random model calls nothing, so that its parser is told to find a call; it reads the whole
 conversation again in every turn. ``cache dropped`` does so here.
 
 Each side is a process. They take turns, step by step, so that what else the machine does hits all alike. Costs are medians after
-``--warm`` steps, by the clock and in processor time of the process, which other programs disturb less. Memory is the largest that
-the process had (ru_maxrss), libraries included, and how much of that came after model and optimizer stood. The floor is the passes
-of the step alone, bare: see vlm_grpo_parts/floor.py. Needs ``pip install trl``.
+``--warm`` steps, by the clock and in processor time of the process, which other programs disturb less. Memory is the largest
+that the process had (ru_maxrss), libraries included, and how much of that came after model and optimizer stood. The floor is the
+passes of the step alone, bare: see vlm_grpo_parts/floor.py. Needs ``pip install trl``.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class Side:
 class Process:
     """A side that waits to be told to make a step."""
 
-    def __init__(self, side: Side) -> None:
-        self.name = side.name
+    def __init__(self, side: Side, log: Path) -> None:
+        self.name, self._log = side.name, log
         command = [sys.executable, "-m", f"vlm_grpo_parts.{side.module}", side.task.written()]
         surroundings = os.environ | {"OMP_NUM_THREADS": str(side.task.threads), "PYTHONPATH": str(ROOT / "benchmarks")}
-        self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, env=surroundings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=surroundings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
         self.about = self._read()
         self.steps: list[dict[str, float]] = []
 
@@ -82,8 +82,7 @@ class Process:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._errors.seek(0)
-            raise SystemExit(f"{self.name} failed:\n{self._errors.read()[-3000:]}")
+            raise SystemExit(f"{self.name} failed:\n{self._log.read_text()[-3000:]}")
         return json.loads(line)
 
 
@@ -95,7 +94,8 @@ def sides(task: Task) -> list[Side]:
 
 
 def measure(task: Task, steps: int, warm: int) -> list[Process]:
-    processes = [Process(side) for side in sides(task)]
+    logs = Path(task.checkpoint)
+    processes = [Process(side, logs / f"{number}.log") for number, side in enumerate(sides(task))]
     try:
         for _ in track(range(warm + steps), f"{task.turns} turn(s)", transient=True):
             for process in processes:
@@ -110,7 +110,18 @@ def measure(task: Task, steps: int, warm: int) -> list[Process]:
 
 def table(title: str, processes: Sequence[Process]) -> Table:
     made = Table("side", title=title, title_justify="left")
-    for column in ("s a step", "CPU s", "generate: s", "CPU s", "learn: s", "CPU s", "tokens said", "MiB", "of them later", "TRL / it"):
+    for column in (
+        "s a step",
+        "CPU s",
+        "generate: s",
+        "CPU s",
+        "learn: s",
+        "CPU s",
+        "tokens said",
+        "MiB",
+        "of them later",
+        "TRL / it",
+    ):
         made.add_column(column, justify="right")
     theirs = _cost(processes, "TRL")
     for process in processes:

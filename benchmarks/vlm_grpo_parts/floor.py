@@ -1,8 +1,9 @@
 """The floor of benchmarks/vlm_grpo.py: the passes of a step through transformers' model, and nothing else.
 
-Generation is a pass over the questions with their pictures, then one over each token of all rows, then the same after what is shown
-between turns. Learning is a pass over the questions and one over all that follows, with gradients; then the likelihood of what was
-said, backward and AdamW. Tokens are random and rows of equal length, so that nothing is sampled, masked, padded or laid out.
+Generation is a pass over the questions with their pictures, then one over each token of all rows, then the same after what is
+shown between turns. Learning is a pass over the questions and one over all that follows, with gradients; then the likelihood of
+what was said, backward and AdamW. Tokens are random and rows of equal length, so that nothing is sampled, masked, padded or laid
+out.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from policies.qwen_vl import QwenVL
 
 
 class Talks:
-    """Conversations of ``turns`` turns: a question about a picture, and after every message of the model a part of the picture."""
+    """A question about a picture; after every message of the model, a part of the picture; ``turns`` messages in all."""
 
     action_spec: Any = None
 

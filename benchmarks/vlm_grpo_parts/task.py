@@ -24,6 +24,7 @@ from tools.crop import crop
 
 _DETAILS = DetailQuestions.Config(size=168, sign=(28, 40), kinds=("digit", "colour"))
 _CROP = 56  # pixels of a crop's side
+DISTINCT = 128  # questions; then they come again
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,13 @@ class Task:
         return Task(**json.loads(text))
 
 
-@cache
 def question(task_id: int) -> tuple[Picture, str]:
     """A picture and what is asked about it."""
+    return _question(task_id % DISTINCT)
+
+
+@cache
+def _question(task_id: int) -> tuple[Picture, str]:
     parts = DetailQuestions(_DETAILS).question(task_id).parts
     picture = next(part for part in parts if isinstance(part, Picture))
     return picture, "".join(part for part in parts if isinstance(part, str))
@@ -64,7 +69,7 @@ def question(task_id: int) -> tuple[Picture, str]:
 def closer(task_id: int, turn: int) -> Picture:
     """What the tool shows after a turn: a part of the question's picture, through tools/crop.py."""
     picture = question(task_id)[0]
-    dice = random.Random(f"{task_id} {turn}")
+    dice = random.Random(f"{task_id % DISTINCT} {turn}")
     left, top = (dice.randrange(side - _CROP) for side in picture.image.size)
     return crop(1, [left, top, left + _CROP, top + _CROP], ToolContext((picture,)))
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import trl.trainer.grpo_trainer as trainer_module
-from datasets import Dataset, Features, Value
+from datasets import Dataset
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -19,7 +18,7 @@ from transformers import (
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
-from vlm_grpo_parts.task import Costs, Line, Stopwatch, Task, begin, closer, question, reward
+from vlm_grpo_parts.task import DISTINCT, Costs, Line, Stopwatch, Task, begin, closer, question, reward
 
 STEPS = 10_000  # more than are asked for
 # TRL wants a template that shows calls; in what is tokenised there are none.
@@ -56,7 +55,7 @@ def vowels(completions: list[list[dict[str, Any]]], **_: Any) -> list[float]:
 
 
 class Timed(GRPOTrainer):
-    """A trainer that says how long it generates, and for which questions."""
+    """A trainer that says how long it generates, and how many tokens."""
 
     generating = Stopwatch()
     tokens = 0
@@ -64,6 +63,11 @@ class Timed(GRPOTrainer):
     def _generate(self, prompts: list[Any]) -> Any:
         with self.generating:
             made: Any = super()._generate(prompts)
+        return made
+
+    def _generate_single_turn(self, *arguments: Any, **options: Any) -> Any:
+        made = super()._generate_single_turn(*arguments, **options)
+        Timed.tokens += sum(map(len, made[0]))
         return made
 
 
@@ -78,7 +82,7 @@ class Asked(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.line.asked():
             raise SystemExit
-        self.whole, Timed.generating = Stopwatch(), Stopwatch()
+        self.whole, Timed.generating, Timed.tokens = Stopwatch(), Stopwatch(), 0
         self.whole.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -94,20 +98,20 @@ class Reader:
         self.task, self.read = task, 0
 
     def __call__(self, tokenizer: Any, ids: list[int], **_: Any) -> dict[str, Any]:
-        turn, row = divmod(self.read, self.task.completions)
-        Timed.tokens += len(ids)
-        self.read = (self.read + 1) % (self.task.completions * self.task.turns)
+        count, row = divmod(self.read, self.task.completions)
+        step, turn = divmod(count, self.task.turns)
+        self.read += 1
         message = {"role": "assistant", "content": tokenizer.decode(ids)}
         if turn + 1 == self.task.turns:
             return message
-        arguments = {"task": row // self.task.group, "turn": turn + 1}
+        arguments = {"task": step * self.task.prompts + row // self.task.group, "turn": turn + 1}
         return {**message, "tool_calls": [{"type": "function", "function": {"name": "look_closer", "arguments": arguments}}]}
 
 
 def prompts(task: Task) -> Dataset:
     rows = []
-    for number in range(64 * task.prompts):
-        picture, text = question(number % 64)
+    for number in range(DISTINCT):
+        picture, text = question(number)
         content = [{"type": "image"}, {"type": "text", "text": text}]
         rows.append({"prompt": [{"role": "user", "content": content}], "image": picture.image})
     return Dataset.from_list(rows)

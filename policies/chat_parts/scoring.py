@@ -91,7 +91,7 @@ def _pass(network: Network, rows: Sequence[Sequence[Piece]], sampling: Sampling,
     return Scores(log_probs_M, entropy_M, hidden_FW[turns])
 
 
-# -- reading: hidden states of all tokens [F, W], and of each row the places in them where its pieces begin ------------------------
+# -- reading: hidden states of all tokens [F, W], and of each row the places in them where its pieces begin --------------------
 
 
 def _read(network: Network, rows: Sequence[Sequence[Piece]]) -> tuple[Tensor, list[list[int]]]:
@@ -115,9 +115,7 @@ def _read_once(network: Network, rows: Sequence[Sequence[Piece]]) -> tuple[Tenso
     rest = lay_out([row[1:] for row in rows], starts, network.axes, network.pad, network.device)
     rest_NLW = network.hidden(rest, cache=spread, past_NP=heads.mask_NL[which_N])
     (count, head), length = heads.ids_NL.shape, rest.ids_NL.shape[1]
-    begins = [
-        [which[n] * head, *_begins(row[1:], count * head + n * length)] for n, row in enumerate(rows)
-    ]
+    begins = [[which[n] * head, *_begins(row[1:], count * head + n * length)] for n, row in enumerate(rows)]
     return torch.cat([heads_ULW.flatten(0, 1), rest_NLW.flatten(0, 1)]), begins
 
 
