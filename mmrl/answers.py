@@ -1,6 +1,7 @@
 """Answers: where one stands in a model's text, and whether it is right. Pure functions of texts.
 
-A check is a frozen value, called with an answer's text, that gives a mark from 0 (wrong) to 1 (right): the best over its references.
+A check is a frozen value, called with an answer's text, that gives a mark from 0 (wrong) to 1 (right), the best over its
+references.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def extract(text: str, tag: str | None = None) -> str | None:
         end = text.rfind(f"</{tag}>")
         start = text.rfind(f"<{tag}>", 0, max(end, 0))
         return None if start < 0 else text[start + len(tag) + 2 : end].strip()
-    before, end, after = text.rpartition("</think>")
+    after = text.rpartition("</think>")[2]
     return None if "<think>" in after else after.strip()
 
 
@@ -312,9 +313,8 @@ def _short(value: Any) -> str:
 
 
 # Kind -> the check, its keys (the field that each sets, and what refuses a wrong value), and whether a reference makes sense.
-_KINDS: Mapping[
-    str, tuple[Callable[..., Any], Mapping[str, tuple[str, Callable[[str, Any], None]]], Callable[[Any, str], bool]]
-] = {
+_Keys = Mapping[str, tuple[str, Callable[[str, Any], None]]]
+_KINDS: Mapping[str, tuple[Callable[..., Any], _Keys, Callable[[Any, str], bool]]] = {
     "exact": (Exact, {}, lambda check, reference: True),
     "normalised": (Normalised, {}, lambda check, reference: True),
     "choice": (Choice, {"options": ("options", _texts)}, lambda check, reference: check.chosen(reference) is not None),

@@ -18,6 +18,9 @@ def make_batch(rollout: Rollout, advantages: Advantages, policy: LikelihoodPolic
     def of_decisions(x_TB: Tensor) -> Tensor:
         return gather(x_TB, packing.index_NJ)
 
+    def of_units(x_TBK: Tensor | None) -> Tensor | None:
+        return None if x_TBK is None else of_decisions(x_TBK).flatten(1)
+
     kept_NJ = of_decisions(advantages.keep_TB & rollout.valid_TB)
     batch = Batch(
         trace=packing.trace,
@@ -26,6 +29,8 @@ def make_batch(rollout: Rollout, advantages: Advantages, policy: LikelihoodPolic
         advantages_NJ=of_decisions(advantages.advantages_TB),
         returns_NJ=of_decisions(advantages.returns_TB),
         old_values_NJ=of_decisions(rollout.values_TB),
+        reference_log_probs_NK=of_units(rollout.reference_log_probs_TBK),
+        unit_advantages_NK=of_units(advantages.units_TBK),
     )
     keep_N = kept_NJ.any(1)
     return batch if bool(keep_N.all()) else batch.select(keep_N)

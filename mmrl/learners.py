@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from mmrl.conversing import ToolWatch, talk_metrics
 from mmrl.errors import ConfigError
 from mmrl.keeping import Keeper
 from mmrl.optim import Optimization
-from mmrl.protocols import AdaptivePolicy, Environment, ExampleSource
+from mmrl.protocols import AdaptivePolicy, Environment, ExampleSource, SelectiveAlgorithm
+from mmrl.refilling import Gathered, counted, gather_rollout
 from mmrl.rewarding import Scorer
 from mmrl.rollout import Collector, episode_metrics
 from mmrl.seeding import Streams, derive_seed
-from mmrl.updates import RolloutUpdate, SupervisedTerm, SupervisedUpdate
+from mmrl.types import Rollout
+from mmrl.updates import MetricMerger, RolloutUpdate, SupervisedTerm, SupervisedUpdate
 
 STATISTICS_EXAMPLES = 4096  # examples a policy without normalisation statistics takes them from
 
@@ -142,38 +144,57 @@ class RolloutLearner(Learner):
 
     def iterate(self, iteration: int) -> dict[str, float]:
         times = [time.perf_counter()]
-        rollout = self._collector.collect(self._policy, self._value)
-        talk = talk_metrics(rollout.episodes.transcripts)
-        if warning := self._watch.see(talk.get("agent/tool_rate")):
-            self._note(warning)
+        played, reward = self._gather()
         times.append(time.perf_counter())
-        rollout, rewards = self._scorer.score(rollout)
-        times.append(time.perf_counter())
-        batch, advantages = self._update.prepare(rollout)
+        batch, advantages = self._update.prepare(played.rollout)
         times.append(time.perf_counter())
         metrics = self._update.run(batch, iteration)
         if isinstance(self._policy, AdaptivePolicy):
             self._policy.adapt(batch.trace)
         times.append(time.perf_counter())
-        self._keeper.see(iteration, rollout, advantages)
-        collect, reward, score, update = (later - earlier for earlier, later in pairwise(times))
+        self._keeper.see(iteration, played.rollout, advantages)
+        collect, score, update = (later - earlier for earlier, later in pairwise(times))
         return {
-            **episode_metrics(rollout.episodes),
-            **talk,
-            **rewards,
+            **episode_metrics(played.episodes),
             **grouped(metrics),
             **{f"advantages/{name}": number for name, number in advantages.metrics.items()},
-            "rollout/decisions": float(rollout.decisions),
-            "rollout/env_steps": float(rollout.env_steps),
-            "rollout/lost_episodes": float(rollout.lost),
+            **played.metrics,
+            "rollout/decisions": float(played.decisions),
+            "rollout/env_steps": float(played.env_steps),
+            "rollout/lost_episodes": float(played.lost),
             "rollout/trained_decisions": float(len(batch)),
-            "speed/env_steps_per_s": rollout.env_steps / collect,
-            "speed/decisions_per_s": rollout.decisions / (collect + reward + score + update),
-            "seconds/collect": collect,
+            "speed/env_steps_per_s": played.env_steps / (collect - reward),
+            "speed/decisions_per_s": played.decisions / (collect + score + update),
+            "seconds/collect": collect - reward,
             "seconds/reward": reward,
             "seconds/score": score,
             "seconds/update": update,
         }
+
+    def _gather(self) -> tuple[Gathered, float]:
+        """What is learned from, its rewards given, and the seconds that these took."""
+        seconds, rewards = 0.0, MetricMerger({"rollout/unscored_episodes": sum})
+
+        def collect() -> Rollout:
+            nonlocal seconds
+            rollout = self._collector.collect(self._policy, self._value)
+            started = time.perf_counter()
+            scored, metrics = self._scorer.score(rollout)
+            rewards.add(metrics)
+            seconds += time.perf_counter() - started
+            return scored
+
+        algorithm = self._update.algorithm
+        if isinstance(algorithm, SelectiveAlgorithm) and algorithm.max_refills:
+            played = gather_rollout(collect, algorithm.taught, algorithm.max_refills)
+        else:
+            rollout = collect()
+            played = counted(rollout, [rollout], {})
+        talk = talk_metrics(played.episodes.transcripts)
+        if warning := self._watch.see(talk.get("agent/tool_rate")):
+            self._note(warning)
+        sums = {f"rollout/{name}": number for name, number in played.metrics.items()}
+        return replace(played, metrics={**sums, **talk, **rewards.result()}), seconds
 
     def sections(self) -> dict[str, Mapping[str, Tensor]]:
         return {} if self._reference is None else {"reference": self._reference.state_dict()}

@@ -293,12 +293,16 @@ class LossContext:
 
 @dataclass(frozen=True)
 class Advantages:
-    """What an algorithm made of a rollout: keep_TB is valid_TB less what it filters out; a critic regresses returns_TB."""
+    """What an algorithm made of a rollout: keep_TB is valid_TB less what it filters out; a critic regresses returns_TB.
+
+    units_TBK: what each unit was worth, where those of a decision differ; None where advantages_TB says it all.
+    """
 
     advantages_TB: Tensor
     returns_TB: Tensor
     keep_TB: Tensor
     metrics: Mapping[str, float]
+    units_TBK: Tensor | None = None
 
 
 class Algorithm(Protocol):
@@ -316,12 +320,26 @@ class RolloutAlgorithm(Algorithm, Protocol):
     max_kl: float | None  # leave the remaining updates of a rollout out once the approximate KL of one exceeds this
     group_size: int  # G episodes of one task; 1 where the algorithm compares nothing
     whole_episodes: bool  # whether it judges episodes as wholes, so that none may be cut by the end of the rollout
-    uses_reference: bool  # whether ``loss`` reads Batch.reference_log_probs_NK
+    uses_reference: bool  # whether it reads the reference's log-probabilities, of the rollout or of a batch
 
     def advantages(self, rollout: Rollout) -> Advantages: ...
 
     def loss(self, policy: LikelihoodPolicy, batch: Batch, context: LossContext) -> Loss:
         """This micro-batch's share of the mini-batch's loss; shares add up to the loss of the whole mini-batch."""
+        ...
+
+
+@runtime_checkable
+class SelectiveAlgorithm(Protocol):
+    """A rollout algorithm that judges whole episodes and learns from some of its groups only."""
+
+    max_refills: int  # how often a rollout's other groups are replaced by groups played anew; 0: never
+    judges_by_reference: (
+        bool  # whether ``advantages`` reads the reference, so that it is asked about all decisions, not these alone
+    )
+
+    def taught(self, rollout: Rollout) -> Tensor:
+        """The slots whose episodes it would learn from: bool [B], the same for all of a group. Reads no reference."""
         ...
 
 

@@ -40,6 +40,7 @@ class _Column:
     valid_B: Tensor
     task_ids_B: Tensor
     final_values_B: Tensor
+    anchors_B: Tensor | None
 
 
 class _EpisodeLog:
@@ -123,7 +124,7 @@ class Collector:
             for part in parts:
                 part.follow()  # waits for this part alone
                 part.decide()
-        return _join([part.rollout() for part in parts])
+        return join([part.rollout() for part in parts])
 
 
 class _Part:
@@ -138,7 +139,7 @@ class _Part:
         self._running_B = torch.ones(size, dtype=torch.bool, device=device)
         self._observe = _begin_reset(environment, self._tasks_B)  # waits for what the next decision sees
         self._log, self._columns = _EpisodeLog(environment, device), []
-        self._pending: tuple[Decision, Callable[[], Step]] | None = None
+        self._pending: tuple[Decision, Tensor | None, Callable[[], Step]] | None = None
 
     def decide(self) -> None:
         """Act in the slots that run, and let the environment begin with what follows."""
@@ -151,20 +152,20 @@ class _Part:
             rows = self._running_B.nonzero()[:, 0]
             decision = self._policy.act(observation.select(rows), draws.select(rows), explore=True)
             decision = decision.spread(rows, len(self._running_B))
-        self._pending = decision, _begin_step(self._environment, decision.action)
+        self._pending = decision, observation.anchors_B, _begin_step(self._environment, decision.action)
 
     def follow(self) -> None:
         """See what followed the last decision, if there was one."""
         if self._pending is None:
             return
-        decision, wait = self._pending
+        decision, anchors_B, wait = self._pending
         self._pending, step = None, wait()
         t, running_B = len(self._columns), self._running_B
         ended_B = step.done_B & running_B
         self._log.add(t, step, running_B, ended_B, self._tasks_B)
         self._ages_B = self._ages_B + 1
         final_values_B = self._values_of(step.observation, ended_B & step.truncated_B)
-        self._columns.append(_Column(decision, step, running_B, self._tasks_B, final_values_B))
+        self._columns.append(_Column(decision, step, running_B, self._tasks_B, final_values_B, anchors_B))
         self._observe = lambda: step.observation
         if not self._collector.auto_reset:
             self._running_B = running_B & ~ended_B
@@ -242,7 +243,13 @@ def _assemble(columns: Sequence[_Column], last_values_B: Tensor, log: _EpisodeLo
         episodes=log.record(),
         env_steps=sum(int((c.step.valid_BC & c.valid_B[:, None]).sum()) for c in columns),
         lost=len(log.lost),
+        anchor_TB=None if columns[0].anchors_B is None else torch.stack([_anchors(c) for c in columns]),
     )
+
+
+def _anchors(column: _Column) -> Tensor:
+    assert column.anchors_B is not None  # an environment gives keys always or never
+    return column.anchors_B
 
 
 def _values(decision: Decision) -> Tensor:
@@ -250,7 +257,7 @@ def _values(decision: Decision) -> Tensor:
     return torch.zeros(len(decision.mask_BK), device=decision.mask_BK.device) if decision.values_B is None else decision.values_B
 
 
-def _join(parts: Sequence[Rollout]) -> Rollout:
+def join(parts: Sequence[Rollout]) -> Rollout:
     """Side by side; what is shorter than the longest is filled up with decisions that are not valid.
 
     Episodes are in the order of their tasks, and those of one task in the order of their slots.
@@ -267,7 +274,7 @@ def _join(parts: Sequence[Rollout]) -> Rollout:
     tensors = {
         f.name: side_by_side([getattr(part, f.name) for part in parts])
         for f in fields(Rollout)
-        if f.name.endswith(("_TB", "_TBK"))
+        if f.name.endswith(("_TB", "_TBK")) and getattr(parts[0], f.name) is not None
     }
     before = [sum(part.rewards_TB.shape[1] for part in parts[:index]) for index in range(len(parts))]
     episodes = EpisodeRecord.concat([_shifted(part.episodes, slots) for part, slots in zip(parts, before, strict=True)])
@@ -284,6 +291,32 @@ def _shifted(episodes: EpisodeRecord, slots: int) -> EpisodeRecord:
     """The same episodes, so many slots further on."""
     assert episodes.spans_M3 is not None
     return replace(episodes, spans_M3=episodes.spans_M3 + episodes.spans_M3.new_tensor([slots, 0, 0]))
+
+
+def of_slots(rollout: Rollout, keep_B: Tensor) -> Rollout:
+    """A rollout of whole episodes, one in each slot and none where it was lost, without the slots that keep_B leaves out.
+
+    env_steps and lost are those of the slots that stay.
+    """
+    played_B = rollout.valid_TB.any(0)
+    index_N = keep_B.nonzero()[:, 0]
+    tensors = {
+        f.name: getattr(rollout, f.name)[:, index_N]
+        for f in fields(Rollout)
+        if f.name.endswith(("_TB", "_TBK")) and getattr(rollout, f.name) is not None
+    }
+    episodes = rollout.episodes.select(keep_B[played_B].nonzero()[:, 0])
+    assert episodes.spans_M3 is not None
+    slots_M = keep_B.cumsum(0)[episodes.spans_M3[:, 0]] - 1  # where their slots are now
+    episodes = replace(episodes, spans_M3=torch.cat([slots_M[:, None], episodes.spans_M3[:, 1:]], 1))
+    return replace(
+        rollout,
+        trace={name: apply(values, lambda x: x[:, index_N]) for name, values in rollout.trace.items()},
+        **tensors,
+        episodes=episodes,
+        env_steps=int(episodes.lengths_M.sum()),
+        lost=int((keep_B & ~played_B).sum()),
+    )
 
 
 def episode_metrics(record: EpisodeRecord) -> Mapping[str, float]:

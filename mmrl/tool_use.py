@@ -222,13 +222,18 @@ class ToolEnvironment:
     # -- what else it can tell -------------------------------------------------------------------------------------------
 
     def expert_action(self) -> Any:
-        """What the questions' scripted expert says next in each slot: a Column of messages, nothing where none runs."""
+        """What the questions' scripted expert says next in each slot: a Column of messages, nothing where none runs.
+
+        Without tools it says the answer, which it knows.
+        """
         return Column.of([self._expert_message(slot) if slot.ended == "running" else None for slot in self._slots], self.device)
 
     def _expert_message(self, slot: _Slot) -> Message:
         if not isinstance(self.questions, ExpertQuestions):
             raise ConfigError(f"'questions.target' ({self.config.questions.target}) has no scripted expert")
-        text, calls = self.questions.next_turn(slot.question, slot.turns)
+        text, calls = (
+            self.questions.next_turn(slot.question, slot.turns) if self.config.tools else (slot.question.references[0], ())
+        )
         if not calls:
             answer = text if self.config.answer_tag is None else f"<{self.config.answer_tag}>{text}</{self.config.answer_tag}>"
             return Message("assistant", (answer,))

@@ -16,112 +16,16 @@ import torch
 from torch import Tensor
 
 from mmrl.columns import Column, Values, apply, put
-from mmrl.messages import Message
-from mmrl.numerics.losses import Loss as Loss  # every part of mmrl finds it here
+from mmrl.numerics.losses import Loss as Loss  # every part of mmrl finds these here
+from mmrl.observation import ActionSpec as ActionSpec
+from mmrl.observation import Conversation as Conversation
+from mmrl.observation import Observation as Observation
+from mmrl.observation import ShapeError as ShapeError
+from mmrl.observation import expect
 from mmrl.transcripts import Transcript
 
 Action = Tensor | Column  # [B, C, A] numbers, or a column of B messages: whatever the environment executes
-Conversation = tuple[Message, ...]  # append-only: what was said stands as it is
 Trace = Mapping[str, Tensor | Column]
-
-
-class ShapeError(ValueError):
-    """A tensor does not have the shape its name promises."""
-
-
-def _expect(owner: str, name: str, value: Tensor | Column, *shape: int | None) -> None:
-    """Raise ShapeError unless ``value.shape`` starts with ``shape`` (None matches anything) and has no fewer axes."""
-    actual = tuple(value.shape)
-    wanted = len(actual) >= len(shape) and all(w is None or w == a for w, a in zip(shape, actual, strict=False))
-    if not wanted:
-        raise ShapeError(f"{owner}.{name} has shape {actual}, expected {shape} (None: any size)")
-
-
-@dataclass(frozen=True)
-class ActionSpec:
-    """What an environment accepts: ``dim`` numbers between ``low`` and ``high`` (one bound per dimension).
-
-    discrete: the numbers are choices, whole ones from ``low`` to ``high``, both included; they travel as floats all the same.
-    """
-
-    dim: int
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    discrete: bool = False
-
-    def __post_init__(self) -> None:
-        if len(self.low) != self.dim or len(self.high) != self.dim:
-            raise ShapeError(f"ActionSpec has dim {self.dim} but {len(self.low)} lower and {len(self.high)} upper bounds")
-        if self.discrete and not all(float(bound).is_integer() for bound in (*self.low, *self.high)):
-            raise ShapeError(f"ActionSpec is discrete, so its bounds must be whole numbers; got {self.low} and {self.high}")
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What B environments show at one moment.
-
-    images: camera name -> uint8 [B, height, width, 3]. state: float32 [B, S] or None. instructions: B sentences.
-    elapsed_B: int64, decisions made so far in the episode; None where nobody counts (in demonstrations, say).
-    conversations: B conversations, in which the next message is the policy's; None where nobody talks.
-
-    >>> import torch
-    >>> o = Observation({"front": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}, torch.zeros(2, 4), ("reach red", "push blue"))
-    >>> o.select(torch.tensor([1])).instructions
-    ('push blue',)
-    """
-
-    images: Mapping[str, Tensor]
-    state: Tensor | None
-    instructions: tuple[str, ...]
-    elapsed_B: Tensor | None = None
-    conversations: tuple[Conversation, ...] | None = None
-
-    def __post_init__(self) -> None:
-        b = len(self.instructions)
-        if self.conversations is not None and len(self.conversations) != b:
-            raise ShapeError(f"Observation has {b} instructions and {len(self.conversations)} conversations")
-        for camera, image in self.images.items():
-            _expect("Observation", f"images[{camera!r}]", image, b, None, None, 3)
-            if image.dtype != torch.uint8:
-                raise ShapeError(f"Observation.images[{camera!r}] is {image.dtype}, expected torch.uint8")
-        if self.state is not None:
-            _expect("Observation", "state", self.state, b, None)
-        if self.elapsed_B is not None:
-            _expect("Observation", "elapsed_B", self.elapsed_B, b)
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.instructions)
-
-    def select(self, index_N: Tensor) -> Observation:
-        """The rows ``index_N`` (int64 [N]), in that order."""
-        return Observation(
-            {name: image[index_N] for name, image in self.images.items()},
-            None if self.state is None else self.state[index_N],
-            tuple(self.instructions[i] for i in index_N.tolist()),
-            None if self.elapsed_B is None else self.elapsed_B[index_N],
-            None if self.conversations is None else tuple(self.conversations[i] for i in index_N.tolist()),
-        )
-
-    def to(self, device: torch.device) -> Observation:
-        return Observation(
-            {name: image.to(device) for name, image in self.images.items()},
-            None if self.state is None else self.state.to(device),
-            self.instructions,
-            None if self.elapsed_B is None else self.elapsed_B.to(device),
-            self.conversations,
-        )
-
-    @staticmethod
-    def concat(parts: Sequence[Observation]) -> Observation:
-        """Stack along the batch axis; all parts share cameras and state size, and all count decisions or none does."""
-        return Observation(
-            {name: torch.cat([p.images[name] for p in parts]) for name in parts[0].images},
-            None if parts[0].state is None else torch.cat([p.state for p in parts if p.state is not None]),
-            tuple(sentence for p in parts for sentence in p.instructions),
-            None if parts[0].elapsed_B is None else torch.cat([p.elapsed_B for p in parts if p.elapsed_B is not None]),
-            None if parts[0].conversations is None else tuple(c for p in parts for c in p.conversations or ()),
-        )
 
 
 @dataclass(frozen=True)
@@ -144,13 +48,13 @@ class Decision:
     def __post_init__(self) -> None:
         b = len(self.action)
         if isinstance(self.action, Tensor):
-            _expect("Decision", "action", self.action, b, None, None)
-        _expect("Decision", "log_probs_BK", self.log_probs_BK, b, None)
-        _expect("Decision", "mask_BK", self.mask_BK, *self.log_probs_BK.shape)
+            expect("Decision", "action", self.action, b, None, None)
+        expect("Decision", "log_probs_BK", self.log_probs_BK, b, None)
+        expect("Decision", "mask_BK", self.mask_BK, *self.log_probs_BK.shape)
         if self.values_B is not None:
-            _expect("Decision", "values_B", self.values_B, b)
+            expect("Decision", "values_B", self.values_B, b)
         for name, value in self.trace.items():
-            _expect("Decision", f"trace[{name!r}]", value, b)
+            expect("Decision", f"trace[{name!r}]", value, b)
 
     def spread(self, index_N: Tensor, size: int) -> Decision:
         """These N rows as the rows ``index_N`` of ``size``; the others are zeros, whose units are not trained."""
@@ -190,14 +94,14 @@ class Step:
         b = self.observation.batch_size
         if self.lost_B is None:
             object.__setattr__(self, "lost_B", torch.zeros_like(self.terminated_B))
-        _expect("Step", "rewards_BC", self.rewards_BC, b, None)
-        _expect("Step", "valid_BC", self.valid_BC, *self.rewards_BC.shape)
+        expect("Step", "rewards_BC", self.rewards_BC, b, None)
+        expect("Step", "valid_BC", self.valid_BC, *self.rewards_BC.shape)
         for name in ("terminated_B", "truncated_B", "lost_B"):
-            _expect("Step", name, getattr(self, name), b)
+            expect("Step", name, getattr(self, name), b)
         if "success" not in self.metrics:
             raise ShapeError("Step.metrics lacks 'success'; every environment reports it")
         for name, value in self.metrics.items():
-            _expect("Step", f"metrics[{name!r}]", value, b)
+            expect("Step", f"metrics[{name!r}]", value, b)
 
     @property
     def done_B(self) -> Tensor:
@@ -216,6 +120,8 @@ class Rollout:
     trace: name -> [T, B, ...]. valid_TB False marks decisions after the end of an episode (no auto-reset), and all those
     of an episode that the simulator lost (see Step.lost_B) - they carry no loss. lost: how many episodes it lost.
     task_ids_TB: which task each decision belongs to. episodes: finished episodes, one row each (see EpisodeRecord).
+    anchor_TB: a key of the state that each decision was made in (see Observation.anchors_B), None without.
+    reference_log_probs_TBK: of the policy the stage started from, 0 where nobody reads it; None without.
     """
 
     trace: Trace
@@ -231,15 +137,21 @@ class Rollout:
     episodes: EpisodeRecord
     env_steps: int
     lost: int = 0
+    anchor_TB: Tensor | None = None
+    reference_log_probs_TBK: Tensor | None = None
 
     def __post_init__(self) -> None:
         t, b = self.rewards_TB.shape
-        _expect("Rollout", "log_probs_TBK", self.log_probs_TBK, t, b, None)
-        _expect("Rollout", "mask_TBK", self.mask_TBK, *self.log_probs_TBK.shape)
+        expect("Rollout", "log_probs_TBK", self.log_probs_TBK, t, b, None)
+        expect("Rollout", "mask_TBK", self.mask_TBK, *self.log_probs_TBK.shape)
+        if self.anchor_TB is not None:
+            expect("Rollout", "anchor_TB", self.anchor_TB, t, b)
+        if self.reference_log_probs_TBK is not None:
+            expect("Rollout", "reference_log_probs_TBK", self.reference_log_probs_TBK, *self.log_probs_TBK.shape)
         for name in ("values_TB", "next_values_TB", "valid_TB", "terminated_TB", "truncated_TB", "task_ids_TB"):
-            _expect("Rollout", name, getattr(self, name), t, b)
+            expect("Rollout", name, getattr(self, name), t, b)
         for name, value in self.trace.items():
-            _expect("Rollout", f"trace[{name!r}]", value, t, b)
+            expect("Rollout", f"trace[{name!r}]", value, t, b)
 
     @property
     def decisions(self) -> int:
@@ -293,7 +205,7 @@ class Packing:
 
     def __post_init__(self) -> None:
         for name, value in self.trace.items():
-            _expect("Packing", f"trace[{name!r}]", value, len(self.index_NJ))
+            expect("Packing", f"trace[{name!r}]", value, len(self.index_NJ))
 
 
 @dataclass(frozen=True)
@@ -317,15 +229,15 @@ class EpisodeRecord:
     def __post_init__(self) -> None:
         m = self.task_ids_M.shape[0]
         if self.spans_M3 is not None:
-            _expect("EpisodeRecord", "spans_M3", self.spans_M3, m, 3)
+            expect("EpisodeRecord", "spans_M3", self.spans_M3, m, 3)
         if self.transcripts and len(self.transcripts) != m:
             raise ShapeError(f"EpisodeRecord has {m} episodes and {len(self.transcripts)} transcripts")
         for name in ("returns_M", "success_M", "lengths_M"):
-            _expect("EpisodeRecord", name, getattr(self, name), m)
+            expect("EpisodeRecord", name, getattr(self, name), m)
         for name, value in self.metrics.items():
-            _expect("EpisodeRecord", f"metrics[{name!r}]", value, m)
+            expect("EpisodeRecord", f"metrics[{name!r}]", value, m)
         for name, value in self.scores.items():
-            _expect("EpisodeRecord", f"scores[{name!r}]", value, m)
+            expect("EpisodeRecord", f"scores[{name!r}]", value, m)
 
     def select(self, index_M: Tensor) -> EpisodeRecord:
         return EpisodeRecord(
@@ -372,20 +284,22 @@ class Batch:
     returns_NJ: Tensor
     old_values_NJ: Tensor
     reference_log_probs_NK: Tensor | None = None
+    unit_advantages_NK: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, k = self.old_log_probs_NK.shape
-        _expect("Batch", "mask_NK", self.mask_NK, n, k)
-        _expect("Batch", "advantages_NJ", self.advantages_NJ, n, None)
+        expect("Batch", "mask_NK", self.mask_NK, n, k)
+        expect("Batch", "advantages_NJ", self.advantages_NJ, n, None)
         j = self.advantages_NJ.shape[1]
         if k % j:
             raise ShapeError(f"Batch has {k} units a sample, which its {j} decisions cannot share equally")
         for name in ("returns_NJ", "old_values_NJ"):
-            _expect("Batch", name, getattr(self, name), n, j)
-        if self.reference_log_probs_NK is not None:
-            _expect("Batch", "reference_log_probs_NK", self.reference_log_probs_NK, n, k)
+            expect("Batch", name, getattr(self, name), n, j)
+        for name in ("reference_log_probs_NK", "unit_advantages_NK"):
+            if getattr(self, name) is not None:
+                expect("Batch", name, getattr(self, name), n, k)
         for name, value in self.trace.items():
-            _expect("Batch", f"trace[{name!r}]", value, n)
+            expect("Batch", f"trace[{name!r}]", value, n)
 
     def __len__(self) -> int:
         return self.old_log_probs_NK.shape[0]
@@ -394,6 +308,11 @@ class Batch:
     def trained_NJ(self) -> Tensor:
         """Decisions of which some unit is trained."""
         return self.mask_NK.unflatten(1, (self.advantages_NJ.shape[1], -1)).any(2)
+
+    @property
+    def advantages_NK(self) -> Tensor:
+        """What each unit was worth."""
+        return self.per_unit(self.advantages_NJ) if self.unit_advantages_NK is None else self.unit_advantages_NK
 
     def per_unit(self, x_NJ: Tensor) -> Tensor:
         """Each unit's share of what is known of its decision: [N, K]."""
@@ -427,8 +346,8 @@ class Examples:
 
     def __post_init__(self) -> None:
         b = self.observation.batch_size
-        _expect("Examples", "actions_BHA", self.actions_BHA, b, None, None)
-        _expect("Examples", "mask_BH", self.mask_BH, b, self.actions_BHA.shape[1])
+        expect("Examples", "actions_BHA", self.actions_BHA, b, None, None)
+        expect("Examples", "mask_BH", self.mask_BH, b, self.actions_BHA.shape[1])
 
     def __len__(self) -> int:
         return self.observation.batch_size
@@ -484,8 +403,8 @@ class Episode:
         t = self.observation.batch_size
         if t == 0:
             raise ShapeError("Episode.observation has no rows; an episode has at least one moment")
-        _expect("Episode", "actions_TA", self.actions_TA, t, None)
-        _expect("Episode", "rewards_T", self.rewards_T, t)
+        expect("Episode", "actions_TA", self.actions_TA, t, None)
+        expect("Episode", "rewards_T", self.rewards_T, t)
 
     def __len__(self) -> int:
         return self.observation.batch_size

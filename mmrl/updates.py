@@ -17,8 +17,16 @@ from torch import Tensor
 from mmrl.batching import make_batch, micro_batches, minibatch_indices
 from mmrl.numerics import masked
 from mmrl.optim import Optimization
-from mmrl.protocols import Advantages, ExampleSource, LikelihoodPolicy, LossContext, RolloutAlgorithm, SupervisedAlgorithm
-from mmrl.types import Batch, Examples, Loss, Rollout, Talks
+from mmrl.protocols import (
+    Advantages,
+    ExampleSource,
+    LikelihoodPolicy,
+    LossContext,
+    RolloutAlgorithm,
+    SelectiveAlgorithm,
+    SupervisedAlgorithm,
+)
+from mmrl.types import Batch, Examples, Loss, Rollout, Talks, gather
 
 Merge = Callable[[Iterable[float]], float]
 # How a metric is merged; the mean for every other. The micro-batches' losses are shares of their mini-batch's.
@@ -109,15 +117,29 @@ class RolloutUpdate:
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout) -> tuple[Batch, Advantages]:
-        """Advantages, and the batch with the reference's log-probabilities where the algorithm reads them."""
+        """Advantages and the batch. A reference comes first: an algorithm may count the distance from it among the rewards."""
+        if self.reference is not None:
+            rollout = replace(rollout, reference_log_probs_TBK=self._refer(rollout, self.reference))
         advantages = self.algorithm.advantages(rollout)
-        batch = make_batch(rollout, advantages, self.policy)
-        if self.reference is not None and len(batch):
-            with self.reference.compute_mode(train=False):
-                pieces = micro_batches(len(batch), self.micro_batch)
-                scores = [self.reference.evaluate(_rows(batch, piece).trace) for piece in pieces]
-            batch = replace(batch, reference_log_probs_NK=torch.cat([s.log_probs_NK for s in scores]))
-        return batch, advantages
+        return make_batch(rollout, advantages, self.policy), advantages
+
+    def _refer(self, rollout: Rollout, reference: LikelihoodPolicy) -> Tensor:
+        """The reference's log-probabilities [T, B, K], 0 where the algorithm does not read them."""
+        read_TB = rollout.valid_TB
+        if isinstance(self.algorithm, SelectiveAlgorithm) and not self.algorithm.judges_by_reference:
+            read_TB = read_TB & self.algorithm.taught(rollout)
+        packing, (t, b, k) = self.policy.pack(rollout), rollout.log_probs_TBK.shape
+        rows_N = gather(read_TB, packing.index_NJ).any(1).nonzero()[:, 0]
+        scores_MK = rollout.log_probs_TBK.new_zeros(t * b, k)
+        with reference.compute_mode(train=False):
+            for piece in micro_batches(len(rows_N), self.micro_batch):
+                rows = rows_N[piece]
+                scored = reference.evaluate({name: values[rows] for name, values in packing.trace.items()})
+                places_NJ = packing.index_NJ[rows]
+                there_NJ = places_NJ >= 0
+                units_NJK = scored.log_probs_NK.unflatten(1, (-1, k))
+                scores_MK[places_NJ[there_NJ]] = units_NJK[there_NJ].to(scores_MK.dtype)
+        return scores_MK.reshape(t, b, k)
 
     def run(self, batch: Batch, iteration: int) -> dict[str, float]:
         """Epochs of updates; ends early, as counted in ``updates``, once an update's approximate KL exceeds its bound.

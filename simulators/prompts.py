@@ -1,8 +1,8 @@
 """Questions for conversations: about pictures that must be turned or cropped, about an encyclopedia that must be searched, about
 classes and counts that are plain to see, and any JSONL data set.
 
-Each class keeps ``mmrl.transcripts.Questions``; all but the data set also ``ExpertQuestions``. A task id and the config determine a
-question, in any process. What is held out, training never asks. ``texts`` writes down what a tokenizer must know of them.
+Each class keeps ``mmrl.transcripts.Questions``; all but the data set also ``ExpertQuestions``. A task id and the config determine
+a question, in any process. What is held out, training never asks. ``texts`` writes down what a tokenizer must know of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from mmrl.errors import DataError
@@ -20,11 +20,10 @@ from simulators.prompts_parts.common import Drawn, Said, Split, generator_of
 from simulators.prompts_parts.drawing import COLOURS, SHAPES
 from simulators.prompts_parts.encyclopedia import CORPUS, FILLERS, SYLLABLES, Settings, World, ensure
 from simulators.prompts_parts.lines import read
-from simulators.prompts_parts.looking import PLACES, WIDER, Background, Kind, Where, detail, orientation, painter, picture_turn
+from simulators.prompts_parts.looking import WIDER, Background, Kind, Where, detail, orientation, painter, picture_turn
 from simulators.prompts_parts.playing import blind_mark, play, texts
 from simulators.prompts_parts.searching import MOST_HOPS, asked_about, search_question, search_turn
 from simulators.prompts_parts.seeing import DIGITS, FIELDS, classification, counting, drawn_examples
-from simulators.prompts_parts.turning import TURNINGS
 
 __all__ = [
     "ClassificationQuestions",
@@ -66,7 +65,7 @@ class DetailQuestions:
         kinds: tuple[Kind, ...] = ("digit",)
         """What signs show: digit, letter, colour, number (three digits), word."""
         size: int = Field(default=504, ge=56)
-        """Side of the picture, in pixels. Shown with a ninth of it or less, signs of the default size cannot be read."""
+        """Side of the picture, in pixels. Shown a ninth as wide (56), default signs are hardly legible; a third as wide, well."""
         grid: Literal[1, 2, 3] = 3
         """Fields along a side; each sign has a field of its own. With one, the sign is anywhere, and nothing is held out."""
         sign: tuple[int, int] = (28, 40)
@@ -74,7 +73,9 @@ class DetailQuestions:
         signs: tuple[int, int] = (1, 3)
         """Fewest and most signs; one of them is asked about."""
         fading: bool = True
-        """Whether writing has a halo that cancels it where the picture is shown small; else it is black on white."""
+        """Whether what is on a sign vanishes where the picture is shown small; else it is black on white."""
+        blotches: float = Field(default=45.0, ge=0, le=60)
+        """Standard deviation of the grey blotches behind writing that vanishes; fewer make it easier to read, near and far."""
         background: Background = "plain"
         """plain, texture (soft blotches), photograph (of scikit-image; extra ``prompts``)."""
         where: Where = "words"
@@ -107,8 +108,8 @@ class DetailQuestions:
 class OrientationQuestions:
     """What a picture shows that is turned or mirrored: b, d, p and q are one another then; a bar marks the top.
 
-    The expert calls ``rotate`` or ``flip``. Details: operations (none if it is upright), box (all of it). Held out: pairs of letter
-    and operation, words, photographs.
+    The expert calls ``rotate`` or ``flip``. Details: operations (none if it is upright), box (all of it). Held out: pairs of
+    letter and operation, words, photographs.
     """
 
     @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -156,7 +157,7 @@ class SearchQuestions:
 
     The expert calls ``tools.image_search:ImageSearch`` with ``images: FOLDER/corpus.jsonl`` and ``tools.text_search:TextSearch``
     with ``corpus: FOLDER/corpus.jsonl``, and reads what they find. Details: operations (the calls' names), evidence (ids of the
-    pages to be read; of the device, if none), path (the facts to follow). Held out: every fifth device with its inventor, whose
+    pages to be read, and the answer), path (the facts to follow). Held out: every fifth device with its inventor, whose
     pages are there, but training never asks about them. Raises ConfigError if the folder holds something else.
     """
 

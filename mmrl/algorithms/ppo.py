@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from mmrl.algorithms.policy_gradient import PolicyGradientConfig, policy_loss
+from mmrl.algorithms.policy_gradient import PolicyGradientConfig, penalised, policy_loss, reference_penalty
 from mmrl.numerics.advantages import gae, standardize
 from mmrl.numerics.losses import explained_variance, value_loss
 from mmrl.protocols import Advantages, LikelihoodPolicy, LossContext
@@ -67,7 +67,7 @@ class PPO:
 
     def advantages(self, rollout: Rollout) -> Advantages:
         advantages_TB, returns_TB = gae(
-            rollout.rewards_TB,
+            penalised(rollout.rewards_TB, reference_penalty(self.config, rollout)),
             rollout.values_TB,
             rollout.next_values_TB,
             rollout.terminated_TB if self.config.bootstrap_truncated else rollout.terminated_TB | rollout.truncated_TB,

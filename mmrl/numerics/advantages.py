@@ -7,6 +7,7 @@ divided by (``scale``). Standard deviations are unbiased (divisor n - 1), as in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ def gae(
 def group_relative(rewards_PG: Tensor, *, scale: str = "group_std", baseline: str = "mean", eps: float = 1e-6) -> Tensor:
     """Each of G rewards of a prompt (task) against the others of its group: (reward - baseline) / (scale + eps), [P, G].
 
-    baseline: ``mean`` of the group (GRPO, arXiv 2402.03300) or ``leave_one_out``, the mean of the other G - 1 (RLOO, arXiv
-    2402.14740), which is G / (G - 1) times as large an advantage.
+    baseline: ``mean`` of the group (GRPO, arXiv 2402.03300); ``leave_one_out``, the mean of the other G - 1 (RLOO, arXiv
+    2402.14740), which is G / (G - 1) times as large an advantage; or ``none``, nothing (REINFORCE).
     scale: ``group_std`` (GRPO), ``batch_std`` over all P x G rewards (flow_grpo's default), or ``none`` (Dr.GRPO, arXiv
     2503.20783; eps is not used). Both are unbiased standard deviations of the rewards.
 
@@ -76,12 +77,85 @@ def _others_mean(rewards_PG: Tensor) -> Tensor:
 _BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda rewards_PG: rewards_PG.mean(dim=1, keepdim=True),
     "leave_one_out": _others_mean,
+    "none": torch.zeros_like,
 }
 _SCALES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "group_std": lambda centred_PG, rewards_PG, eps: centred_PG / (rewards_PG.std(dim=1, keepdim=True) + eps),
     "batch_std": lambda centred_PG, rewards_PG, eps: centred_PG / (rewards_PG.std() + eps),
     "none": lambda centred_PG, rewards_PG, eps: centred_PG,
 }
+
+
+@torch.no_grad()
+def peer_relative(
+    values_M: Tensor, groups_M: Tensor, *, scale: str = "group_std", baseline: str = "mean", eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Each of M values against those of equal ``groups_M`` (int64), as ``group_relative`` does it; groups may be of any sizes.
+
+    A value without peers is worth 0: nothing says whether it is much. ``batch_std`` is over all M values. Computed in float64.
+    Also returns how many values each one's group has, int64 [M].
+    Raises ValueError for an unknown option; baseline ``none`` is one, for it compares nothing.
+    """
+    if baseline not in _PEER_BASELINES or scale not in _PEER_SCALES:
+        raise ValueError(
+            f"peer_relative knows baselines {sorted(_PEER_BASELINES)} and scales {sorted(_PEER_SCALES)}, "
+            f"not {baseline!r} and {scale!r}"
+        )
+    peers = _Peers.of(values_M.double(), groups_M)
+    centred_M = peers.values_M - _PEER_BASELINES[baseline](peers)
+    worth_M = torch.where(peers.sizes_M > 1, centred_M / _PEER_SCALES[scale](peers, eps), 0)
+    return worth_M.to(values_M.dtype), peers.sizes_M
+
+
+class _Peers(NamedTuple):
+    """Values, and of the group of each: how many there are, their sum, and the sum of their squared distances from the mean."""
+
+    values_M: Tensor
+    sizes_M: Tensor
+    sums_M: Tensor
+    squares_M: Tensor
+
+    @staticmethod
+    def of(values_M: Tensor, groups_M: Tensor) -> _Peers:
+        places_M = groups_M.unique(return_inverse=True)[1]
+        sizes_M = places_M.bincount()[places_M]
+
+        def sums(x_M: Tensor) -> Tensor:
+            return torch.zeros_like(x_M).index_add(0, places_M, x_M)[places_M]
+
+        sums_M = sums(values_M)
+        return _Peers(values_M, sizes_M, sums_M, sums((values_M - sums_M / sizes_M) ** 2))
+
+
+_PEER_BASELINES: dict[str, Callable[[_Peers], Tensor]] = {
+    "mean": lambda p: p.sums_M / p.sizes_M,
+    "leave_one_out": lambda p: (p.sums_M - p.values_M) / (p.sizes_M - 1),
+}
+_PEER_SCALES: dict[str, Callable[[_Peers, float], Tensor]] = {
+    "group_std": lambda p, eps: (p.squares_M / (p.sizes_M - 1)).sqrt() + eps,
+    "batch_std": lambda p, eps: p.values_M.std() + eps,
+    "none": lambda p, eps: torch.ones_like(p.values_M),
+}
+
+
+@torch.no_grad()
+def returns_to_go(rewards_TB: Tensor, *, gamma: float) -> Tensor:
+    """What each of T decisions and those after it earned: G_t = r_t + gamma G_{t+1}; one episode per column."""
+    returns_TB = rewards_TB.clone()
+    for t in reversed(range(len(rewards_TB) - 1)):
+        returns_TB[t] += gamma * returns_TB[t + 1]
+    return returns_TB
+
+
+@torch.no_grad()
+def overlong_penalty(lengths: Tensor, *, limit: int, buffer: int) -> Tensor:
+    """DAPO's soft punishment (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, falling linearly to -1 at limit, -1 beyond.
+
+    lengths: units of each sample, any shape; float64. Raises ValueError unless 0 < buffer <= limit.
+    """
+    if not 0 < buffer <= limit:
+        raise ValueError(f"overlong_penalty's buffer is {buffer}; it lies below limit ({limit}), so use 1 to {limit}")
+    return ((limit - buffer - lengths.double()) / buffer).clamp(-1, 0)
 
 
 @torch.no_grad()

@@ -36,46 +36,74 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
+    objective: str = "clip",
     ratio: str = "unit",
     reduce: str = "unit_mean",
     normalizer: float | None = None,
 ) -> Loss:
-    """PPO's clipped objective (arXiv 1707.06347), to minimise: max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)).
+    """A policy-gradient objective with bounded ratios r, to minimise. A clip_low of 1 or more is no bound, for r is positive.
 
+    objective: ``clip``, PPO's (arXiv 1707.06347), max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)); ``cispo`` (arXiv
+    2506.13585), REINFORCE weighted by the bounded ratio, -A sg(clip(r, 1 - clip_low, 1 + clip_high)) log p: every unit keeps its
+    gradient, of bounded size.
     advantages_BK may be [B, 1]. mask_BK (bool): the units that are trained; the others may hold anything.
     ratio: ``unit``, each unit's own r = exp(new - old), or ``sequence`` (GSPO, arXiv 2507.18071), one per sample: exp of the mean
-    log-ratio over its units.
-    dual_clip (c > 1, arXiv 1912.09729): where A < 0 the loss is at most -c A, so that one unlikely unit cannot rule the batch.
-    reduce: ``unit_mean``, sum over units / number of units; ``sample_mean``, mean over each sample's units, summed over samples /
-    number of samples with a unit; ``constant``, sum over units / normalizer (Dr.GRPO), which must then be given.
+    log-ratio over its units. A unit's gradient is that of r A log p with the advantage of its own (section 4.3 there), which for
+    one advantage per sample is GSPO's.
+    dual_clip (c > 1, arXiv 1912.09729; ``clip`` alone has it): where A < 0 the loss is at most -c A, so that one unlikely unit
+    cannot rule the batch.
+    reduce: see ``reduce_units``.
 
-    metrics: ratio_min, ratio_max, clip_fraction (units where the clipped term decides, so they have no gradient), approx_kl (k3
-    estimate of KL(old || new) from unit ratios), each over the trained units.
+    metrics: ratio_min, ratio_max, clip_fraction (``clip``: units where the clipped term decides, so they have no gradient;
+    ``cispo``: units whose ratio is bounded), approx_kl (k3 estimate of KL(old || new) from unit ratios), each over the trained
+    units.
     """
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"clipped_surrogate's dual_clip is {dual_clip}; it bounds ratios from above, so use more than 1")
+    if dual_clip is not None and objective != "clip":
+        raise ValueError(f"clipped_surrogate's dual_clip belongs to objective 'clip'; with {objective!r} leave it None")
     log_ratio_BK = masked.fill(log_probs_BK - old_log_probs_BK, mask_BK)
     advantages_BK = masked.fill(advantages_BK, mask_BK)
     ratio_BK = _choose(_RATIOS, "ratio", ratio)(log_ratio_BK, mask_BK).exp()
-    free_BK = -advantages_BK * ratio_BK
-    clipped_BK = -advantages_BK * ratio_BK.clamp(1 - clip_low, 1 + clip_high)
-    loss_BK = torch.maximum(free_BK, clipped_BK)
+    bounded_BK = ratio_BK.clamp(1 - clip_low, 1 + clip_high)
+    measure = _choose(_OBJECTIVES, "objective", objective)
+    loss_BK, clipped_BK = measure(ratio_BK, bounded_BK, advantages_BK, masked.fill(log_probs_BK, mask_BK))
     if dual_clip is not None:
         loss_BK = torch.where(advantages_BK < 0, torch.minimum(loss_BK, -dual_clip * advantages_BK), loss_BK)
-    value = _choose(_REDUCTIONS, "reduce", reduce)(loss_BK, mask_BK, normalizer)
+    value = reduce_units(loss_BK, mask_BK, reduce=reduce, normalizer=normalizer)
     with torch.no_grad():
         metrics = {
             "ratio_min": masked.min(ratio_BK, mask_BK),
             "ratio_max": masked.max(ratio_BK, mask_BK),
-            "clip_fraction": masked.mean((clipped_BK > free_BK).to(ratio_BK.dtype), mask_BK),
+            "clip_fraction": masked.mean(clipped_BK.to(ratio_BK.dtype), mask_BK),
             "approx_kl": masked.mean(log_ratio_BK.expm1() - log_ratio_BK, mask_BK),
         }
     return Loss(value, metrics)
 
 
+def _clip(ratio_BK: Tensor, bounded_BK: Tensor, advantages_BK: Tensor, log_probs_BK: Tensor) -> tuple[Tensor, Tensor]:
+    free_BK = -advantages_BK * ratio_BK
+    clipped_BK = -advantages_BK * bounded_BK
+    return torch.maximum(free_BK, clipped_BK), clipped_BK > free_BK
+
+
+def _cispo(ratio_BK: Tensor, bounded_BK: Tensor, advantages_BK: Tensor, log_probs_BK: Tensor) -> tuple[Tensor, Tensor]:
+    return -advantages_BK * bounded_BK.detach() * log_probs_BK, bounded_BK != ratio_BK
+
+
 def _sequence_log_ratio(log_ratio_BK: Tensor, mask_BK: Tensor) -> Tensor:
     units_B1 = mask_BK.sum(dim=1, keepdim=True).clamp(min=1)
-    return (log_ratio_BK.sum(dim=1, keepdim=True) / units_B1).expand_as(log_ratio_BK)
+    mean_B1 = log_ratio_BK.sum(dim=1, keepdim=True) / units_B1
+    return mean_B1.detach() + (log_ratio_BK - log_ratio_BK.detach())  # of the mean's value, of each unit's gradient
+
+
+def reduce_units(x_BK: Tensor, mask_BK: Tensor, *, reduce: str, normalizer: float | None = None) -> Tensor:
+    """A sum over the kept units, weighted by ``reduce`` and divided by ``normalizer``; what is not kept may be anything.
+
+    ``unit_mean``: all units alike; divided by their number. ``sample_mean``: each sample's mean; divided by the number of samples
+    with a unit. ``constant`` (Dr.GRPO, arXiv 2503.20783): all units alike; divided by normalizer, which must then be given.
+    """
+    return _choose(_REDUCTIONS, "reduce", reduce)(x_BK, mask_BK, normalizer)
 
 
 def _unit_mean(x_BK: Tensor, mask_BK: Tensor, normalizer: float | None) -> Tensor:
@@ -90,7 +118,7 @@ def _sample_mean(x_BK: Tensor, mask_BK: Tensor, normalizer: float | None) -> Ten
 
 def _constant(x_BK: Tensor, mask_BK: Tensor, normalizer: float | None) -> Tensor:
     if normalizer is None:
-        raise ValueError("clipped_surrogate with reduce 'constant' divides by normalizer; pass it")
+        raise ValueError("reduce 'constant' divides by normalizer; pass it")
     return masked.sum(x_BK, mask_BK) / normalizer
 
 
@@ -98,6 +126,7 @@ _RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "unit": lambda log_ratio_BK, mask_BK: log_ratio_BK,
     "sequence": _sequence_log_ratio,
 }
+_OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {"clip": _clip, "cispo": _cispo}
 _REDUCTIONS: dict[str, Callable[[Tensor, Tensor, float | None], Tensor]] = {
     "unit_mean": _unit_mean,
     "sample_mean": _sample_mean,

@@ -2,7 +2,8 @@
 
     R = [R_acc + w_f R_fmt] + [alpha R_mand + beta R_nec + R_exact + R_emerge] - gamma (C_usage + R_spur)
 
-Expected are the operations that undo what was done to the picture, and ``crop`` where the evidence has a box.
+Expected are the question's operations, which undo what was done to the picture, ``crop`` among them; where it names none,
+``crop`` if the evidence is a detail with a box.
 
 R_acc    the answer's mark (or a judge's).
 R_fmt    1 where the text is well formed (mmrl/rewards/form.py).
@@ -31,9 +32,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from mmrl.rewards.answers import AnswerConfig, Answers
-from mmrl.rewards.evidence import derived_pictures, expected_box, iou
+from mmrl.rewards.evidence import CROP, derived_pictures, expected_box, iou
 from mmrl.rewards.form import FormConfig, well_formed
-from mmrl.rewards.operations import CROP, expected, is_core, operation, turns
+from mmrl.rewards.operations import expected, is_core, operation, turns
 from mmrl.transcripts import Transcript, by_task
 
 GATE = 0.1  # R_mand below which an answer without the crop it needs is not believed

@@ -1,8 +1,8 @@
 """Whether what a tool gave holds the evidence for an answer, judged from the tool's output and never from what the policy says.
 
-The evidence is what ``Question.details`` know: a ``box`` in the question's first picture, ``evidence`` texts or ids of documents,
-and, where there is no box or it is most of the picture, ``operations`` that put the picture right. A box or a turned picture, and
-texts, are two ways to the same answer (one looks, the other reads): one of them is enough.
+The evidence is what ``Question.details`` know: the ``box`` of a detail in the question's first picture, which must be cut out;
+where nothing must be, ``operations`` that put the picture right; and ``evidence``, texts or ids of documents. A picture and texts
+are two ways to the same answer (one looks, the other reads): one of them is enough.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Measure = Literal["containment", "iou"]
 CONTAINED = 0.8  # share of the box that a picture must show for it to hold the evidence
 LARGEST = 0.5  # share of the first picture above which a box is no detail, and a cut shows a detail no better than the picture,
 ROOMY = 1.5  # but a cut is never too large that is at most so many times the box
+CROP = "crop"
 _UPRIGHT = math.cos(math.radians(15))  # how exactly a picture must be turned
 
 # Linear parts (a, b, d, e) of the map from a picture that was turned or mirrored into the one before.
@@ -48,6 +49,12 @@ def iou(one: Box, other: Box) -> float:
     return shared / union if union > 0 else 0.0
 
 
+def listed(question: Question, name: str) -> tuple[str, ...]:
+    """A list of the question's details, of which a data set may have one without its brackets; empty where there is none."""
+    value = question.details.get(name, ())
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 def first_picture(question: Question) -> Picture | None:
     return next((part for part in question.parts if isinstance(part, Picture)), None)
 
@@ -64,9 +71,9 @@ def derived_pictures(transcript: Transcript, call: CallRecord) -> list[Picture]:
 
 
 def expected_box(question: Question) -> Box | None:
-    """The box of a detail; None where there is none, or it is most of the picture."""
+    """The box of a detail that must be cut out; None where there is none: it is most of the picture, or no crop is named."""
     known, first = question.details.get("box"), first_picture(question)
-    if known is None:
+    if known is None or ("operations" in question.details and CROP not in listed(question, "operations")):
         return None
     left, top, right, bottom = (float(edge) for edge in known)
     box = left, top, right, bottom
@@ -78,16 +85,24 @@ def picture_score(transcript: Transcript, call: CallRecord, measure: Measure = "
     """How well the call's pictures show the evidence, 0 to 1: the best of them. None: no picture would be evidence.
 
     containment: the share of the box that a picture shows, 0 for one that shows more than LARGEST of the first picture and more
-    than ROOMY boxes. Where operations are known and no box: 1 for a picture that stands as they would put it.
+    than ROOMY boxes. Where operations are known and no box: see ``puts_right``.
     """
-    question, pictures = transcript.question, derived_pictures(transcript, call)
-    box, wanted = expected_box(question), _expected_orientation(question)
-    if box is not None:
-        judge = _MEASURES[measure]
-        return max((judge(box, picture.box_in_source(), first_picture(question)) for picture in pictures), default=0.0)
-    if wanted is not None:
-        return max((float(_stands(picture, wanted)) for picture in pictures), default=0.0)
-    return None
+    question, box = transcript.question, expected_box(transcript.question)
+    if box is None:
+        return None if _expected_orientation(question) is None else float(puts_right(transcript, call))
+    judge, first = _MEASURES[measure], first_picture(question)
+    return max((judge(box, picture.box_in_source(), first) for picture in derived_pictures(transcript, call)), default=0.0)
+
+
+def puts_right(transcript: Transcript, call: CallRecord) -> bool:
+    """Whether a call gave most of the first picture, standing as the question's operations would put it."""
+    first, wanted = first_picture(transcript.question), _expected_orientation(transcript.question)
+    if first is None or wanted is None:
+        return False
+    most = LARGEST * first.image.width * first.image.height
+    return any(
+        _stands(picture, wanted) and area(picture.box_in_source()) > most for picture in derived_pictures(transcript, call)
+    )
 
 
 def texts_found(question: Question, call: CallRecord) -> frozenset[str]:
@@ -99,8 +114,9 @@ def texts_found(question: Question, call: CallRecord) -> frozenset[str]:
 
 
 def call_score(transcript: Transcript, call: CallRecord, measure: Measure = "containment") -> float:
-    """How much of the evidence a call holds: that of its pictures, or 1 where it brings up an evidence text."""
-    return max(picture_score(transcript, call, measure) or 0.0, float(bool(texts_found(transcript.question, call))))
+    """How far a call gets one to the evidence: what its pictures show of it, 1 for an evidence text or a picture put right."""
+    brought = bool(texts_found(transcript.question, call)) or puts_right(transcript, call)
+    return max(picture_score(transcript, call, measure) or 0.0, float(brought))
 
 
 def is_known(question: Question) -> bool:
@@ -135,7 +151,7 @@ _MEASURES: Mapping[Measure, Callable[[Box, Box, Picture | None], float]] = {
 
 def _expected_orientation(question: Question) -> tuple[float, float, float, float] | None:
     """The linear map of the picture that the operations make, into the first one; None without operations that turn it."""
-    turns = [name for name in question.details.get("operations", ()) if name in _LINEAR]
+    turns = [name for name in listed(question, "operations") if name in _LINEAR]
     whole = (1.0, 0.0, 0.0, 1.0)
     for name in turns:
         (a, b, d, e), (p, q, s, t) = whole, _LINEAR[name]
@@ -153,7 +169,7 @@ def _stands(picture: Picture, wanted: tuple[float, float, float, float]) -> bool
 
 
 def _texts(question: Question) -> tuple[str, ...]:
-    return tuple(question.details.get("evidence", ()))
+    return listed(question, "evidence")
 
 
 def _words(text: str) -> str:

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mmrl.rewards.evidence import expected_box
+from mmrl.rewards.evidence import CROP, expected_box, listed
 from mmrl.transcripts import CallRecord, Question
 
-CROP = "crop"
 _TURNS = ("rotate_", "flip_")
 
 
 def _rotated(arguments: Mapping[str, Any]) -> str:
     """Clockwise, as ``tools/rotate.py`` turns: 90, -270 and 450 degrees are one operation."""
-    return f"rotate_{float(arguments['degrees']) % 360:g}"
+    degrees = arguments.get("degrees")
+    return f"rotate_{degrees % 360:g}" if isinstance(degrees, int | float) else "rotate"
 
 
 _NAMES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "rotate": _rotated,
-    "flip": lambda arguments: f"flip_{arguments['direction']}",
+    "flip": lambda arguments: f"flip_{arguments.get('direction')}",
 }
 
 
@@ -41,6 +41,6 @@ def is_core(name: str) -> bool:
 
 
 def expected(question: Question) -> frozenset[str]:
-    """What undoes the first picture's corruption, and crop where the evidence is a detail that has a box."""
+    """The question's operations, crop among them where it says so, or where all it knows is the box of a detail."""
     crop = set() if expected_box(question) is None else {CROP}
-    return frozenset(question.details.get("operations", ())) | crop
+    return frozenset(listed(question, "operations")) | crop

@@ -1,10 +1,10 @@
-"""What tool calls earn and cost by themselves, and what long answers cost."""
+"""What tool calls earn and cost by themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from mmrl.transcripts import Transcript
@@ -75,33 +75,3 @@ class CallCost:
 
     def __call__(self, transcripts: Sequence[Transcript]) -> list[float]:
         return [-float(max(0, len(transcript.calls) - self.config.free)) for transcript in transcripts]
-
-
-class Overlong:
-    """DAPO's soft punishment of length (arXiv 2503.14476), over the tokens that the policy wrote in all turns.
-
-    0 up to ``limit - buffer`` tokens, from there linearly to -1 at ``limit``, and -1 beyond.
-    """
-
-    @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-    class Config:
-        """Fields of a ``mmrl.rewards.tool_rewards:Overlong`` block."""
-
-        limit: int = Field(gt=0)
-        """Tokens from which on the punishment is -1."""
-        buffer: int = Field(gt=0)
-        """Tokens below the limit at which it begins."""
-
-        @model_validator(mode="after")
-        def _begins(self) -> Overlong.Config:
-            if self.buffer > self.limit:
-                raise ValueError(f"buffer is {self.buffer}, more than limit ({self.limit}); lower it")
-            return self
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def __call__(self, transcripts: Sequence[Transcript]) -> list[float]:
-        limit, buffer = self.config.limit, self.config.buffer
-        tokens = [sum(len(turn.message.token_ids) for turn in transcript.turns) for transcript in transcripts]
-        return [min(0.0, max(-1.0, (limit - buffer - count) / buffer)) for count in tokens]

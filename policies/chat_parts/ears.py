@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,16 +18,17 @@ from mmrl.messages import Message, Picture
 from mmrl.types import Conversation
 from policies.chat_parts.network import Network
 from policies.chat_parts.pieces import Heard, Piece, Said, Seen
-from policies.chat_parts.template import Template
+from policies.chat_parts.template import Template, names, neutral
 
-Value = TypeVar("Value")
+Value = TypeVar("Value", Heard, Seen)
+KEPT_BYTES = 2**31  # of pieces, and of pictures, that are remembered at most; what traces hold is theirs
 
 
 class Recent(Generic[Value]):
-    """The values last asked for."""
+    """The values last asked for, of ``most`` bytes together (one of them in any case)."""
 
     def __init__(self, most: int) -> None:
-        self._most, self._values = most, OrderedDict[Any, Value]()
+        self._most, self._held, self._values = most, 0, OrderedDict[Any, Value]()
 
     def get(self, key: Any) -> Value | None:
         if key in self._values:
@@ -35,8 +37,9 @@ class Recent(Generic[Value]):
 
     def put(self, key: Any, value: Value) -> Value:
         self._values[key] = value
-        if len(self._values) > self._most:
-            self._values.popitem(last=False)
+        self._held += value.nbytes
+        while self._held > self._most and len(self._values) > 1:
+            self._held -= self._values.popitem(last=False)[1].nbytes
         return value
 
 
@@ -51,7 +54,8 @@ class SpanWeight:
 class Ears:
     """``tokenizer`` and chat template of a model, and what turns pictures into patches.
 
-    image_id: the token that stands for a piece of a picture; None for a model without eyes. spans: for imitation.
+    image_id: the token that stands for a piece of a picture; None for a model without eyes. unsayable: tokens that the model
+    must not say. spans: for imitation.
     """
 
     def __init__(
@@ -60,14 +64,17 @@ class Ears:
         network: Network,
         image_id: int | None,
         where: str,
+        *,
+        unsayable: Collection[int] = (),
         spans: Sequence[SpanWeight] = (),
     ) -> None:
         self.tokenizer, self.network, self.image_id, self.spans = tokenizer, network, image_id, spans
         image = None if image_id is None else str(tokenizer.convert_ids_to_tokens(image_id))
         self.template = Template(tokenizer, image, where)
         self.end = self._turn_end(where)
-        self._heard: Recent[tuple[Any, Heard]] = Recent(2048)
-        self._seen: Recent[Seen] = Recent(256)
+        self._never = names(tokenizer, {*unsayable, self.end})
+        self._heard: Recent[Heard] = Recent(KEPT_BYTES)
+        self._seen: Recent[Seen] = Recent(KEPT_BYTES)
 
     def _turn_end(self, where: str) -> int:
         """The token with which the template ends a message of the model."""
@@ -103,13 +110,11 @@ class Ears:
         return tuple(pieces)
 
     def hear(self, messages: Sequence[Message], previous: Message | None) -> Heard:
-        """What was said to the model after ``previous`` (None: at the beginning)."""
+        """What was said to the model after ``previous`` (None: at the beginning). Equal messages are one object."""
         ended = previous is not None and (not previous.token_ids or previous.token_ids[-1] == self.end)
-        key = (previous is None, ended, *map(id, messages))
+        key = (previous is None, ended, *map(_content, messages))
         known = self._heard.get(key)
-        if known is None:  # the messages are kept as well, so that their ids stay theirs
-            known = self._heard.put(key, (messages, self._hear(messages, begins=previous is None, ended=ended)))
-        return known[1]
+        return known or self._heard.put(key, self._hear(messages, begins=previous is None, ended=ended))
 
     def _hear(self, messages: Sequence[Message], *, begins: bool, ended: bool) -> Heard:
         ids = self._ids(self.template.opening(messages) if begins else self.template.reply(messages))
@@ -117,7 +122,8 @@ class Ears:
             ids = ids[1:]
         seen = [self._see(picture) for message in messages for picture in message.pictures]
         if ids.count(self.image_id) != len(seen):  # type: ignore[arg-type]
-            raise MMRLError(f"a chat template shows {ids.count(self.image_id)} of {len(seen)} pictures")  # type: ignore[arg-type]
+            shown = ids.count(self.image_id)  # type: ignore[arg-type]
+            raise MMRLError(f"policy.checkpoint = {self.template.where}: its chat template shows {shown} of {len(seen)} pictures")
         pictures = iter(seen)
         flat: list[int] = []
         offsets: list[Tensor] = []
@@ -137,23 +143,33 @@ class Ears:
         return Heard(torch.tensor(flat), torch.cat(offsets, 1), at + len(ids) - begin, tuple(seen))
 
     def say(self, message: Message) -> Said:
-        """A message that is to be imitated, as the model would say it."""
-        encoded: Any = self.tokenizer(message.text, add_special_tokens=False, return_offsets_mapping=bool(self.spans))
-        ids = torch.tensor([*encoded["input_ids"], self.end])
+        """A message that is to be imitated: its tokens, or as the model would say it.
+
+        The names of tokens that it must not say, or that end its turn, are plain text.
+        """
+        text = message.text if message.token_ids else neutral(message.text, self._never)
+        ids, offsets = self._spelled(message.token_ids) if message.token_ids else self._spell(text)
         if not self.spans:
-            return Said(ids)
+            return Said(torch.tensor(ids))
         weights = torch.ones(len(ids))
         for span in self.spans:
-            for found in span.pattern.finditer(message.text):
-                for place, (first, last) in enumerate(encoded["offset_mapping"]):
+            for found in span.pattern.finditer(text):
+                for place, (first, last) in enumerate(offsets):
                     if first < found.end() and last > found.start():
                         weights[place] *= span.weight
-        return Said(ids, weights)
+        return Said(torch.tensor(ids), weights)
+
+    def _spell(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens, the end of the turn included, and (where they matter) the characters from and to which they reach."""
+        encoded: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(self.spans))
+        return [*encoded["input_ids"], self.end], encoded["offset_mapping"] if self.spans else []
+
+    def _spelled(self, ids: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        reach = [len(self.text(ids[:count])) for count in range(len(ids) + 1)] if self.spans else []
+        return list(ids), list(pairwise(reach))
 
     def text(self, ids: Sequence[int]) -> str:
-        """What the model said, without the end of its turn."""
-        said = ids[:-1] if ids and ids[-1] == self.end else ids
-        return str(self.tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _words(self, count: int) -> Tensor:
         return torch.arange(count).expand(self.network.axes, -1)
@@ -164,5 +180,9 @@ class Ears:
 
     def _see(self, picture: Picture) -> Seen:
         """Equal pictures are one object: they are stored, and encoded in a pass, once."""
-        known = self._seen.get(picture.key)
-        return self._seen.put(picture.key, self.network.see(picture)) if known is None else known
+        return self._seen.get(picture.key) or self._seen.put(picture.key, self.network.see(picture))
+
+
+def _content(message: Message) -> tuple[Any, ...]:
+    """What the template shows of a message, to be compared."""
+    return message.role, *(part if isinstance(part, str) else (part.key,) for part in message.parts)

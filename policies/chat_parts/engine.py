@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 
 from mmrl.messages import Message
 from mmrl.numerics.draws import Draws
 from mmrl.numerics.tokens import head_logits, token_log_probs
+from policies.chat_parts.keeping import growing
 from policies.chat_parts.network import Network
 from policies.chat_parts.pieces import Piece, Rows, Said, lay_out
 
@@ -128,7 +129,7 @@ class LocalEngine:
             said: list[Piece] = [Said(unfed)] if len(unfed) else []
             new.append([*said, request.pieces[-1]] if found[row] is not None else list(request.pieces))
         rows = lay_out(new, past.next_B, self.network.axes, self.network.pad, self.network.device)
-        cache = DynamicCache(past.layers)  # type: ignore[arg-type]
+        cache = growing(past.layers)
         hidden_BLW = self.network.hidden(rows, cache=cache, past_NP=past.mask_BL)
         used = {id(kept) for place in found if place is not None for kept in (place[0],)}
         self._kept = [kept for kept in self._kept if id(kept) not in used]
@@ -140,7 +141,7 @@ class LocalEngine:
         unique = sorted(first.values())
         pieces = [requests[row].pieces for row in unique]
         rows = lay_out(pieces, [0] * len(unique), self.network.axes, self.network.pad, self.network.device)
-        cache = DynamicCache()
+        cache = growing()
         hidden_UW = _last(self.network.hidden(rows, cache=cache), rows)
         batch = _Batch(cache, rows.mask_NL, rows.next_N)
         if len(unique) == len(requests):
@@ -202,23 +203,23 @@ class LocalEngine:
         ends = torch.tensor(self.sampling.ends, device=device)
         rows_R = torch.arange(size, device=device)  # of all, those in the batch
         running_R = torch.ones_like(rows_R, dtype=torch.bool)
+        limits_R = limits_B
         speaking, hidden_RW, archive = batch, hidden_BW, _Archive(size)
         for k in range(most):
             chosen_R, log_probs_R = self._choose(hidden_RW, draws)
             chosen_R = torch.where(running_R, chosen_R, self.network.pad)
-            live = rows_R[running_R]
-            ids_BK[live, k], log_probs_BK[live, k] = chosen_R[running_R], log_probs_R[running_R]
-            count_B[live] += 1
-            over_R = torch.isin(chosen_R, ends)
-            ended_B[live] = over_R[running_R]
-            running_R = running_R & ~over_R & (k + 1 < limits_B[rows_R])
+            ids_BK[rows_R, k], log_probs_BK[rows_R, k] = chosen_R, log_probs_R
+            count_B[rows_R] += running_R
+            over_R = running_R & torch.isin(chosen_R, ends)
+            ended_B[rows_R] |= over_R
+            running_R = running_R & ~over_R & (k + 1 < limits_R)
             left = int(running_R.sum())
             if left == 0:
                 break
             if 2 * left <= len(rows_R):  # half have finished: they leave
                 archive.add(speaking, rows_R, ~running_R)
                 stay = running_R.nonzero()[:, 0]
-                speaking, rows_R, chosen_R = speaking.select(stay), rows_R[stay], chosen_R[stay]
+                speaking, rows_R, chosen_R, limits_R = speaking.select(stay), rows_R[stay], chosen_R[stay], limits_R[stay]
                 draws = None if draws is None else draws.select(stay)
                 running_R = running_R[stay]
             hidden_RW = self._feed(speaking, chosen_R, running_R)
@@ -226,7 +227,9 @@ class LocalEngine:
         unfed = [ids_BK[row, count - 1 : count].cpu() for row, count in enumerate(count_B.tolist())]
         self._last = archive.kept(unfed)
         spent = int(count_B.max())
-        return Generated(ids_BK[:, :spent], log_probs_BK[:, :spent], count_B, ended_B, hidden_BW)
+        behind_BK = torch.arange(spent, device=device) >= count_B[:, None]  # what a row that had finished would have said
+        ids_BK, log_probs_BK = (x[:, :spent].masked_fill(behind_BK, 0) for x in (ids_BK, log_probs_BK))
+        return Generated(ids_BK, log_probs_BK, count_B, ended_B, hidden_BW)
 
     def _choose(self, hidden_RW: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
         """A token of each row, and its log-probability."""
@@ -251,13 +254,13 @@ class LocalEngine:
 class _Batch:
     """Rows that speak: cache, mask [B, L] and the position of each row's next token."""
 
-    cache: Any
+    cache: Cache
     mask_BL: Tensor
     next_B: Tensor
 
     def select(self, index: Tensor) -> _Batch:
         layers = [(layer.keys[index], layer.values[index]) for layer in self.cache.layers]
-        return _Batch(DynamicCache(layers), self.mask_BL[index], self.next_B[index])  # type: ignore[arg-type]
+        return _Batch(growing(layers), self.mask_BL[index], self.next_B[index])
 
 
 class _Archive:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmrl.messages import Picture
 from policies.chat_parts.pieces import Rows, Seen
+
+LONGEST = 200  # qwen-vl-utils' MAX_RATIO
 
 
 class Network:
@@ -21,6 +25,10 @@ class Network:
 
     def __init__(self, model: Any, pad: int) -> None:
         self.model, self.pad = model, pad
+        self._reader = model.get_decoder()  # what reads words, without the eyes
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+        self._takes_masks = config._attn_implementation == "sdpa" and kinds == {"full_attention"}
 
     @property
     def device(self) -> torch.device:
@@ -31,19 +39,26 @@ class Network:
         return self.model.config.get_text_config().hidden_size
 
     @property
+    def continues(self) -> bool:
+        """Whether gradients reach what a cache holds: transformers drops the cache where it computes activations again."""
+        return not self.model.is_gradient_checkpointing
+
+    @property
     def head(self) -> Any:
         return self.model.get_output_embeddings()
 
     def hidden(self, rows: Rows, *, cache: Cache | None = None, past_NP: Tensor | None = None) -> Tensor:
         """Last hidden states [N, L, W] of ``rows``, which follow what the cache holds (mask ``past_NP``) and join it."""
         mask = rows.mask_NL if past_NP is None else torch.cat([past_NP, rows.mask_NL], 1)
-        output = self.model.base_model(
+        sights = self.sights(rows.pictures)
+        single = rows.ids_NL.shape[1] == 1 and self._takes_masks  # a token sees all that is not padding: nothing to be worked out
+        output = (self.model.base_model if sights else self._reader)(
             input_ids=rows.ids_NL,
-            attention_mask=mask.long(),
+            attention_mask=mask[:, None, None] if single else mask.long(),
             position_ids=self._positions(rows.positions_ANL),
             past_key_values=cache,
             use_cache=cache is not None,
-            **self.sights(rows.pictures),
+            **sights,
         )
         return output.last_hidden_state
 
@@ -79,7 +94,10 @@ class QwenNetwork(Network):
         return positions_ANL
 
     def see(self, picture: Picture) -> Seen:
-        made = self.processor(images=[picture.image], return_tensors="pt")
+        processor, image = self.processor, _less_long(picture.image)
+        factor, size = processor.patch_size * processor.merge_size, processor.size
+        rows, columns = smart_size(image.height, image.width, factor, size["shortest_edge"], size["longest_edge"])
+        made = processor(images=[image.resize((columns, rows))], do_resize=False, return_tensors="pt")
         t, h, w = made["image_grid_thw"][0].tolist()
         return Seen(made["pixel_values"], (t, h, w), t * h * w // self.processor.merge_size**2)
 
@@ -101,6 +119,29 @@ class QwenNetwork(Network):
             return_dict=True,
         )
         return {"mm_encoder_outputs": {"image": _in_order(output, order)}}
+
+
+def smart_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """qwen-vl-utils' smart_resize: multiples of ``factor``, the area from ``least`` to ``most``, hardly another ratio.
+
+    Its area may still exceed ``most`` where one side is a single ``factor`` (there qwen-vl-utils makes it 0).
+    """
+    rows, columns = (max(factor, round(side / factor) * factor) for side in (height, width))
+    if rows * columns > most:
+        shrink = math.sqrt(height * width / most)
+        rows, columns = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif rows * columns < least:
+        grow = math.sqrt(least / (height * width))
+        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return rows, columns
+
+
+def _less_long(image: Image.Image) -> Image.Image:
+    """A picture that is more than LONGEST times as long as wide, such as a thin crop, is widened: the processor refuses it."""
+    least = math.ceil(max(image.size) / LONGEST)
+    if min(image.size) >= least:
+        return image
+    return image.resize((max(image.width, least), max(image.height, least)))
 
 
 def _in_order(output: BaseModelOutputWithPooling, order: Sequence[int]) -> BaseModelOutputWithPooling:

@@ -24,6 +24,10 @@ class Seen:
     grid: tuple[int, int, int]
     tokens: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.patches.nbytes
+
 
 @dataclass(frozen=True, eq=False)
 class Heard:
@@ -36,6 +40,10 @@ class Heard:
     offsets: Tensor
     span: int
     pictures: tuple[Seen, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.ids.nbytes + self.offsets.nbytes + sum(picture.nbytes for picture in self.pictures)
 
     def __len__(self) -> int:
         return len(self.ids)

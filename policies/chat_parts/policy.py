@@ -19,6 +19,8 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmrl.columns import Column
 from mmrl.errors import MMRLError
@@ -110,17 +112,23 @@ class ChatPolicy(nn.Module, ABC):
         super().__init__()
         self.config, self.version = config, 0
         self.model = self._load(_DTYPES[config.dtype])
-        self._tokenizer = load_tokenizer(config.checkpoint)
+        self._tokenizer = self._load_tokenizer()
         self._freeze()
-        if not isinstance(self.model.get_output_embeddings(), nn.Linear):
+        self.model.eval()
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
             raise MMRLError(
                 f"policy.lora.modules = {config.lora.modules!r} adapts the output head, which cannot be; leave it out"
             )
+        if head.bias is not None:
+            raise MMRLError(f"policy.checkpoint = {config.checkpoint}: its output head has a bias, which is not supported")
         if config.checkpointing:
             self.model.gradient_checkpointing_enable()
         self.network = self._network()
         spans = [SpanWeight(_compiled(span.pattern), span.weight) for span in config.spans]
-        self.ears = Ears(self._tokenizer, self.network, self._image_id(), config.checkpoint, spans)
+        self.ears = Ears(
+            self._tokenizer, self.network, self._image_id(), config.checkpoint, unsayable=self._unsayable(), spans=spans
+        )
         self._build_critic()
         self.to(device)
         self.engine = LocalEngine(self.network, self._sampling(config.temperature))
@@ -130,6 +138,9 @@ class ChatPolicy(nn.Module, ABC):
     @abstractmethod
     def _load(self, dtype: torch.dtype) -> Any:
         """The model, in transformers' class."""
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.config.checkpoint)
 
     @abstractmethod
     def _network(self) -> Network:
@@ -212,13 +223,19 @@ class ChatPolicy(nn.Module, ABC):
         """bf16 autocast on a GPU while the weights are float32; no dropout, in training neither."""
         if train:
             self.engine.forget()
-            self.model.train(self.config.checkpointing)  # transformers checkpoints in training mode alone
+            self._checkpoint(self.config.checkpointing)
         autocast = self.device.type == "cuda" and self.config.dtype == "float32"
         try:
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(train):
                 yield
         finally:
-            self.model.eval()
+            self._checkpoint(False)
+
+    def _checkpoint(self, on: bool) -> None:
+        """transformers checkpoints layers in training mode alone; what is in them stays as it was, without dropout."""
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = on
 
     def train(self, mode: bool = True) -> ChatPolicy:
         """Modes change nothing: with dropout a decision could not be scored again."""
@@ -282,7 +299,12 @@ class ChatPolicy(nn.Module, ABC):
     def _messages(self, made: Generated) -> list[Message]:
         ids_B = [row[:count] for row, count in zip(made.ids_BK.tolist(), made.count_B.tolist(), strict=True)]
         return [
-            Message("assistant", (self.ears.text(ids),), token_ids=tuple(ids), finish="stop" if ended else "length")
+            Message(
+                "assistant",
+                (self.ears.text(ids[:-1] if ended else ids),),
+                token_ids=tuple(ids),
+                finish="stop" if ended else "length",
+            )
             for ids, ended in zip(ids_B, made.ended_B.tolist(), strict=True)
         ]
 

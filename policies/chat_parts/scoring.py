@@ -1,17 +1,23 @@
-"""Scoring whole conversations again: one forward pass, in which every token that the model said is scored where it was said."""
+"""Scoring whole conversations again: every token that the model said is scored where it was said, all turns in one pass.
+
+What many conversations of a pass begin with, as a group does with its question, is read once, in a pass of its own; the others
+continue from its keys and values, through which gradients reach it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from mmrl.numerics.tokens import head_log_probs
 from policies.chat_parts.engine import Sampling
 from policies.chat_parts.network import Network
-from policies.chat_parts.pieces import Heard, Piece, Rows, Said, lay_out
+from policies.chat_parts.pieces import Piece, Said, lay_out
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,9 @@ def _back(order: Sequence[int], counts: Sequence[int]) -> Tensor:
 
 
 def _pass(network: Network, rows: Sequence[Sequence[Piece]], sampling: Sampling, chunk: int) -> Scores:
-    """One forward pass over conversations side by side."""
-    laid = lay_out(rows, [0] * len(rows), network.axes, network.pad, network.device)
-    hidden_FW = network.hidden(laid).flatten(0, 1)
-    before_M, begins, ids_M = _places(rows, laid)
+    """Conversations side by side."""
+    hidden_FW, begins = (_read_once if _worth_it(network, rows) else _read)(network, rows)
+    before_M, turns, ids_M = (part.to(network.device) for part in _places(rows, begins))
     log_probs_M, entropy_M = head_log_probs(
         hidden_FW[before_M],
         network.head.weight,
@@ -83,26 +88,57 @@ def _pass(network: Network, rows: Sequence[Sequence[Piece]], sampling: Sampling,
         forbidden=sampling.forbidden,
         chunk=chunk,
     )
-    return Scores(log_probs_M, entropy_M, hidden_FW[begins])
+    return Scores(log_probs_M, entropy_M, hidden_FW[turns])
 
 
-def _places(rows: Sequence[Sequence[Piece]], laid: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """For each said token: the flat (N, L) place of the one before it, and its id; and the former of each first one."""
-    length, before, begins, ids = laid.ids_NL.shape[1], [], [], []
-    for n, pieces in enumerate(rows):
-        at = n * length
-        for piece in pieces:
-            if isinstance(piece, Said):
-                before.append(torch.arange(at - 1, at - 1 + len(piece)))
-                begins.append(at - 1)
-                ids.append(piece.ids)
-            else:
-                assert isinstance(piece, Heard)
-            at += len(piece)
-    device = laid.ids_NL.device
+# -- reading: hidden states of all tokens [F, W], and of each row the places in them where its pieces begin --------------------
+
+
+def _read(network: Network, rows: Sequence[Sequence[Piece]]) -> tuple[Tensor, list[list[int]]]:
+    """One forward pass."""
+    laid = lay_out(rows, [0] * len(rows), network.axes, network.pad, network.device)
+    length = laid.ids_NL.shape[1]
+    return network.hidden(laid).flatten(0, 1), [_begins(pieces, n * length) for n, pieces in enumerate(rows)]
+
+
+def _read_once(network: Network, rows: Sequence[Sequence[Piece]]) -> tuple[Tensor, list[list[int]]]:
+    """A pass over the pieces with which the rows begin, each of them once, and one over what follows, which attends to them."""
+    firsts = list(dict.fromkeys(row[0] for row in rows))
+    places = {piece: place for place, piece in enumerate(firsts)}
+    which = [places[row[0]] for row in rows]
+    heads = lay_out([[piece] for piece in firsts], [0] * len(firsts), network.axes, network.pad, network.device)
+    cache = DynamicCache()
+    heads_ULW = network.hidden(heads, cache=cache)
+    which_N = torch.tensor(which, device=network.device)
+    spread = DynamicCache([(layer.keys[which_N], layer.values[which_N]) for layer in cache.layers])  # type: ignore[arg-type]
+    starts = heads.next_N[which_N].tolist()
+    rest = lay_out([row[1:] for row in rows], starts, network.axes, network.pad, network.device)
+    rest_NLW = network.hidden(rest, cache=spread, past_NP=heads.mask_NL[which_N])
+    (count, head), length = heads.ids_NL.shape, rest.ids_NL.shape[1]
+    begins = [[which[n] * head, *_begins(row[1:], count * head + n * length)] for n, row in enumerate(rows)]
+    return torch.cat([heads_ULW.flatten(0, 1), rest_NLW.flatten(0, 1)]), begins
+
+
+def _worth_it(network: Network, rows: Sequence[Sequence[Piece]]) -> bool:
+    """Whether a group's question, or the like, is a good part of all that there is to read."""
+    once = sum(len(piece) for piece in {row[0] for row in rows})
+    spared = sum(len(row[0]) for row in rows) - once
+    return network.continues and 4 * spared >= sum(map(_length, rows)) and all(_length(row[1:]) for row in rows)
+
+
+def _begins(pieces: Sequence[Piece], at: int) -> list[int]:
+    return list(accumulate(map(len, pieces[:-1]), initial=at)) if pieces else []
+
+
+def _places(rows: Sequence[Sequence[Piece]], begins: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """For each said token: the place of the one before it, and its id; and the former of each first one."""
+    before, turns, ids = [], [], []
+    for pieces, places in zip(rows, begins, strict=True):
+        for (heard, place), (said, begin) in pairwise(zip(pieces, places, strict=True)):
+            if isinstance(said, Said):
+                last = place + len(heard) - 1
+                turns.append(last)
+                before += [torch.full((min(len(said), 1),), last), torch.arange(begin, begin + max(len(said) - 1, 0))]
+                ids.append(said.ids)
     nothing = torch.zeros(0, dtype=torch.long)
-    return (
-        torch.cat([nothing, *before]).to(device),
-        torch.tensor(begins, dtype=torch.long, device=device),
-        torch.cat([nothing, *ids]).to(device),
-    )
+    return torch.cat([nothing, *before]), torch.tensor(turns, dtype=torch.long), torch.cat([nothing, *ids])

@@ -1,4 +1,4 @@
-"""Loading vision-language models of transformers, and the groups in which their weights learn."""
+"""Loading language models of transformers, with eyes or without, and the groups in which their weights learn."""
 
 from __future__ import annotations
 
@@ -13,21 +13,32 @@ from mmrl.errors import MMRLError
 from policies.shared.checkpoints import first_line, load_pretrained
 
 
-def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str, seed: int) -> Any:
-    """``pretrained``: transformers' own loader, safetensors only. ``random``: config.json's architecture, initialised afresh."""
+def load_model(
+    checkpoint: str,
+    weights: str,
+    dtype: torch.dtype,
+    attention: str,
+    seed: int,
+    *,
+    loader: Any = AutoModelForImageTextToText,
+    what: str = "vision-language model",
+    **where: Any,
+) -> Any:
+    """``pretrained``: transformers' own loader, safetensors only. ``random``: config.json's architecture, initialised afresh.
+
+    loader: transformers' class, of ``what``. where: further arguments with which transformers finds the checkpoint's files.
+    """
     if weights == "pretrained":
-        options = {"dtype": dtype, "attn_implementation": attention}
-        return load_pretrained(AutoModelForImageTextToText, checkpoint, "vision-language model", **options).eval()
+        options = {"dtype": dtype, "attn_implementation": attention, **where}
+        return load_pretrained(loader, checkpoint, what, **options).eval()
     try:
-        config: Any = AutoConfig.from_pretrained(checkpoint)
+        config: Any = AutoConfig.from_pretrained(checkpoint, **where)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: Any = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+            model: Any = loader.from_config(config, attn_implementation=attention)
             fan_in_init(model)
     except (OSError, ValueError) as error:
-        raise MMRLError(
-            f"policy.checkpoint = {checkpoint}: cannot be loaded as a vision-language model ({first_line(error)})"
-        ) from error
+        raise MMRLError(f"policy.checkpoint = {checkpoint}: cannot be loaded as a {what} ({first_line(error)})") from error
     # Not model.to(dtype): it would round the frequencies of positions as well, which a loaded model keeps in float32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

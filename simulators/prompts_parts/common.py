@@ -16,11 +16,12 @@ from mmrl.transcripts import Turn
 Split = Literal["train", "held_out"]
 Said = tuple[str, tuple[ToolCall, ...]]  # what an expert says: text and calls
 
-WORDS = tuple(
-    "apple bird boat book bread chair clock cloud coin door duck fish flag frog gate glass goat hand hat house key king lamp leaf "
-    "lion moon nest owl pear piano plane queen ring road rope rose shoe ship spoon star stone sun table tent tower train tree"
-    " wheel wolf zebra".split()
-)
+_WORDS = """
+apple bird boat book bread chair clock cloud coin door duck fish flag frog gate glass goat hand hat house key king lamp leaf lion
+moon nest owl pear piano plane queen ring road rope rose shoe ship spoon star stone sun table tent tower train tree wheel
+wolf zebra
+"""
+WORDS = tuple(_WORDS.split())
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))

@@ -1,4 +1,4 @@
-"""What the questions' pictures are made of: colours, shapes, writing, backgrounds. The same pixels wherever Pillow is the same."""
+"""What the questions' pictures are made of: colours, shapes, writing, backgrounds. The same pixels where Pillow is the same."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ COLOURS: dict[str, Colour] = {
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 _GREY = 128
 _MARGIN = 0.12  # of a sign's side, around its writing
-_HALO = 0.09  # of a sign's side: how wide the halo of faded writing is
-_BOOST = 1.5  # of faded writing, of which the halo takes about half
+_HALO = 0.05  # of a sign's height: how wide the halo of faded writing is
+_BOOST = 2.2  # of faded writing, of which the halo takes about half
+_BLOTCH = 0.18  # of a sign's height
+_BYTE_STD = 74.0  # standard deviation of a random byte
 
 
 @functools.lru_cache(maxsize=64)
@@ -49,39 +51,59 @@ def writing(text: str, width: int, height: int) -> Image.Image:
     return page
 
 
-@functools.lru_cache(maxsize=2048)
-def sign(kind: str, value: str, width: int, height: int, fading: bool) -> Image.Image:
-    """A small sign that shows ``value``: a dot of that colour if ``kind`` is colour, else writing.
+def sign(generator: random.Random, kind: str, value: str, size: tuple[int, int], blotches: float | None) -> Image.Image:
+    """A small sign that shows ``value``: dots of that colour if ``kind`` is colour, else writing.
 
-    fading: writing and dot have a halo that cancels them, so that the mean over a few pixels is the same grey whatever the value is:
-    they are there in the picture, and gone where it is shown small (as the fine half of a hybrid image: Oliva et al. 2006).
+    blotches: None writes in black on white. A number writes what is only there from near, the fine half of a hybrid image (Oliva
+    et al. 2006): ink has a halo that cancels it, so that over a few pixels the mean is the same grey whatever is written, and
+    blotches of that standard deviation drown what the cancelling leaves, where the picture is shown so small that a blotch is a
+    pixel.
     """
+    values = _paper(kind, value, *size, blotches is not None)
+    if blotches:
+        values = values + _blotches(generator, *size, coloured=kind == "colour") * (blotches / _BYTE_STD)
+    made = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+    ImageDraw.Draw(made).rectangle((0, 0, size[0] - 1, size[1] - 1), outline=(60, 60, 60))
+    return made
+
+
+def _blotches(generator: random.Random, width: int, height: int, coloured: bool) -> np.ndarray:
+    """Of mean 0, each about _BLOTCH of the sign's height."""
+    coarse = (max(2, round(width / height / _BLOTCH)), round(1 / _BLOTCH))
+    mode, bands = ("RGB", 3) if coloured else ("L", 1)
+    drawn = Image.frombytes(mode, coarse, generator.randbytes(bands * coarse[0] * coarse[1]))
+    values = np.asarray(drawn.resize((width, height), Image.Resampling.BICUBIC), np.float32) - 127.5
+    return values.reshape(height, width, bands)
+
+
+@functools.lru_cache(maxsize=2048)
+def _paper(kind: str, value: str, width: int, height: int, fading: bool) -> np.ndarray:
+    """A sign without blotches, float32 [height, width, 3]."""
     rim = round(min(width, height) * _MARGIN)
     inner = (width - 2 * rim, height - 2 * rim)
     ink = np.array(COLOURS[value] if kind == "colour" else (0, 0, 0), np.float32)
     paper = np.array((_GREY,) * 3 if fading else (255,) * 3, np.float32)
     strength = np.zeros((height, width, 1), np.float32)
-    strength[rim : height - rim, rim : width - rim, 0] = _dot(*inner, fading) if kind == "colour" else _ink(value, *inner)
+    strength[rim : height - rim, rim : width - rim, 0] = _dots(*inner, fading) if kind == "colour" else _ink(value, *inner)
     if fading and kind != "colour":
         whole = Image.fromarray((strength[..., 0] * 255).round().astype(np.uint8))
-        blurred = np.asarray(whole.filter(ImageFilter.GaussianBlur(min(width, height) * _HALO)), np.float32) / 255
+        blurred = np.asarray(whole.filter(ImageFilter.GaussianBlur(height * _HALO)), np.float32) / 255
         strength = (strength - blurred[..., None]) * _BOOST
-    made = Image.fromarray(np.clip(paper + strength * (ink - paper), 0, 255).round().astype(np.uint8))
-    ImageDraw.Draw(made).rectangle((0, 0, width - 1, height - 1), outline=(60, 60, 60))
-    return made
+    return paper + strength * (ink - paper)
 
 
 def _ink(text: str, width: int, height: int) -> np.ndarray:
     return np.asarray(writing(text, width, height), np.float32) / 255
 
 
-def _dot(width: int, height: int, ringed: bool) -> np.ndarray:
-    """A dot of half the side, and around it a ring of the same area that is its negative."""
-    y, x = np.mgrid[:height, :width]
-    away = np.hypot(x - (width - 1) / 2, y - (height - 1) / 2)
-    radius = min(width, height) / 4
-    dot = away <= radius
-    return dot.astype(np.float32) - (ringed * ((away > radius) & (away <= radius * 2**0.5))).astype(np.float32)
+def _dots(width: int, height: int, ringed: bool) -> np.ndarray:
+    """Three by three dots, each in a ring that is its negative: together nothing."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    step = min(width, height) / 3
+    away = np.hypot(x % step - step / 2, y % step - step / 2)
+    radius = step * 0.33
+    dot, ring = away <= radius, (away > radius) & (away <= radius * 2**0.5)
+    return dot.astype(np.float32) - ring.astype(np.float32) * (ringed * dot.sum() / max(1, ring.sum()))
 
 
 def shape(draw: ImageDraw.ImageDraw, name: str, box: Sequence[float], colour: Colour) -> None:

@@ -84,7 +84,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Entry:
-    """A page. facts: relation -> value. glyphs: of a device, what its picture shows: (shape, colour) of each cell, and the paper."""
+    """A page. facts: relation -> value. glyphs, paper: what a device's picture shows, (shape, colour) by cell, and on what."""
 
     name: str
     kind: str
@@ -133,7 +133,7 @@ class World:
         return name, tuple(read)
 
     def picture(self, device: str, size: int, generator: random.Random | None = None) -> Image.Image:
-        """A device as the encyclopedia shows it; with a generator as somebody else has taken it: moved, larger, in other light."""
+        """A device as the encyclopedia shows it; with a generator as somebody else took it: moved, larger, in other light."""
         entry = self.entries[device]
         vary = (lambda low, high: 0.0) if generator is None else generator.uniform
         scale, light = 1 + vary(-0.06, 0.06), 1 + vary(-0.12, 0.12)

@@ -115,7 +115,7 @@ def _put(generator: random.Random, image: Image.Image, config: Any, kind: str, v
         ImageDraw.Draw(image).ellipse((x - across // 2, y - across // 2, x + across // 2, y + across // 2), fill=COLOURS[spot])
         top, bottom = (middle + 1, bottom) if sign_below else (top, middle - 1)
     x, y = generator.randint(left, right - width), generator.randint(top, bottom - height)
-    image.paste(sign(kind, value, width, height, config.fading), (x, y))
+    image.paste(sign(generator, kind, value, (width, height), config.blotches if config.fading else None), (x, y))
     return x, y, x + width, y + height
 
 

@@ -41,8 +41,8 @@ def search_question(config: Any, world: World, generator: random.Random) -> Ques
     device = generator.choice(asked_about(world, config.split))
     answer, pages = world.follow(device, path)
     picture = world.picture(device, config.picture_size, generator)
-    evidence = pages or (world.entries[device].id,)
-    operations = ("image_search", *("text_search" for _ in path))
+    evidence = (*pages, answer)  # the search for the picture alone brings up the device's id, but not what its page says
+    operations = (config.image_search, *(config.text_search for _ in path))
     return Question(
         f"search_{hops}",
         (Picture(picture), ASKED[path]),
@@ -83,7 +83,5 @@ def _pages(calls: list[Any], tool: str) -> dict[str, ToolResult]:
 def _passage(result: ToolResult, title: str) -> str:
     """The text below the hit of this title; empty where there is none."""
     hits = list(_HIT.finditer(result.text))
-    for hit, following in zip(hits, [*hits[1:], None], strict=True):
-        if hit["title"] == title:
-            return result.text[hit.end() : following.start() if following else None]
-    return ""
+    ends = [*(hit.start() for hit in hits), len(result.text)][1:]
+    return next((result.text[hit.end() : end] for hit, end in zip(hits, ends, strict=True) if hit["title"] == title), "")

@@ -88,6 +88,12 @@ def test_groups_whose_success_rate_is_out_of_range_are_left_out_and_counted_apar
     assert bounds.keep_TB[0].tolist() == [True] * 12 + [False] * 4
 
 
+def test_turns_after_the_end_make_no_spread() -> None:
+    """Every decision has a return of 1 from there on, as long as there are any."""
+    result = grpo(credit="turn").advantages(rollout([1.0] * 4, [1, 2, 3, 3]))
+    assert not result.keep_TB.any() and result.metrics["groups_without_spread"] == 1
+
+
 def test_the_order_of_groups_and_of_episodes_within_a_group_does_not_matter() -> None:
     returns = torch.rand(16).tolist()
     lengths = torch.randint(1, 4, (16,)).tolist()
@@ -117,10 +123,11 @@ def test_the_loss_has_no_critic_and_pulls_towards_what_did_well(case: Callable[.
 
 def test_the_reference_is_asked_for_only_with_a_kl_term() -> None:
     assert grpo(kl_weight=0.01).uses_reference and not grpo().uses_reference
+    assert grpo(kl_weight=0.01, kl_in="reward").judges_by_reference and not grpo(kl_weight=0.01).judges_by_reference
 
 
 @pytest.mark.parametrize(
-    "fields", [{"group_size": 1}, {"success_range": (0.7, 0.3)}, {"success_range": (0.1, 1.1)}, {"gamma": 1}]
+    "fields", [{"group_size": 1}, {"success_range": (0.7, 0.3)}, {"success_range": (0.1, 1.1)}, {"lam": 0.9}]
 )
 def test_impossible_settings_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises((ValidationError, TypeError)):

@@ -1,4 +1,4 @@
-"""The loss that PPO and GRPO share: clipping at its bounds, the KL estimators, ratios per decision, and what is logged."""
+"""The loss that PPO and GRPO share: clipping at its bounds, every switch against a twin of loops, and what is logged."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import ast
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmrl.algorithms.grpo import GRPO
 from mmrl.algorithms.policy_gradient import PolicyGradientConfig, policy_loss
@@ -100,6 +102,80 @@ def test_what_is_logged(case: Callable[..., Any]) -> None:
     assert float(metrics["log_prob_gap_max"]) == pytest.approx(max(map(abs, gaps)))
     assert float(metrics["entropy"]) == pytest.approx(float(policy.entropy_NK.detach()[batch.mask_NK].mean()))
     assert not any(isinstance(value, torch.Tensor) and value.requires_grad for value in metrics.values())
+
+
+def twin(policy: Any, batch: Batch, config: PolicyGradientConfig, worth: Callable[[int, int], float]) -> tuple[float, Tensor]:
+    """The loss of the whole batch and its gradient by log-probabilities, unit by unit; ``worth(n, k)`` is a unit's advantage."""
+    new, old, reference = (x.tolist() for x in (policy.log_probs_NK, batch.old_log_probs_NK, batch.reference_log_probs_NK))
+    units = [[k for k in range(batch.mask_NK.shape[1]) if batch.mask_NK[n, k]] for n in range(len(batch))]
+    samples, total = sum(map(bool, units)), sum(map(len, units))
+    loss, gradient = 0.0, torch.zeros_like(batch.old_log_probs_NK)
+    for n, k in batch.mask_NK.nonzero().tolist():
+        weight = {
+            "unit_mean": 1 / total,
+            "sample_mean": 1 / (samples * len(units[n])),
+            "constant": 1 / (samples * (config.units_per_sample or 0.0)) if config.units_per_sample else 0.0,
+        }[config.reduce]
+        own = math.exp(new[n][k] - old[n][k])
+        mean_gap = sum(new[n][i] - old[n][i] for i in units[n]) / len(units[n])
+        ratio, advantage = (math.exp(mean_gap) if config.ratio == "sequence" else own), worth(n, k)
+        bounded = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
+        if config.objective == "cispo":
+            value, slope = -advantage * bounded * new[n][k], -advantage * bounded
+        else:
+            value = max(-advantage * ratio, -advantage * bounded)
+            slope = -advantage * ratio if value == -advantage * ratio else 0.0
+            if config.dual_clip is not None and advantage < 0 and value > -config.dual_clip * advantage:
+                value, slope = -config.dual_clip * advantage, 0.0
+        d = new[n][k] - reference[n][k]
+        kl, kl_slope = math.exp(-d) - 1 + d, 1 - math.exp(-d)
+        if config.kl_corrected:
+            kl, kl_slope = own * kl, own * (kl + kl_slope)
+        if config.kl_in == "loss":
+            value, slope = value + config.kl_weight * kl, slope + config.kl_weight * kl_slope
+        loss += weight * value
+        gradient[n, k] = weight * slope
+    return loss, gradient
+
+
+SWITCHES: list[dict[str, Any]] = [
+    {"clip_high": 0.28},
+    {"reduce": "sample_mean"},
+    {"reduce": "constant", "units_per_sample": 50.0},
+    {"ratio": "sequence", "reduce": "sample_mean", "clip_low": 0.05, "clip_high": 0.1},
+    {"ratio": "sequence", "dual_clip": 1.05, "clip_low": 0.02, "clip_high": 0.02},
+    {"objective": "cispo", "clip_low": 1.0, "clip_high": 0.3},
+    {"objective": "cispo", "clip_low": 0.2, "clip_high": 0.3, "ratio": "sequence", "reduce": "constant", "units_per_sample": 7.0},
+    {"kl_weight": 0.4, "reduce": "sample_mean"},
+    {"kl_weight": 0.4, "reduce": "constant", "units_per_sample": 9.0},
+    {"kl_weight": 0.4, "kl_corrected": True},
+    {"kl_weight": 0.4, "kl_in": "reward"},
+]
+
+
+@pytest.mark.parametrize("fields", SWITCHES, ids=lambda fields: ", ".join(f"{k} {v}" for k, v in fields.items()))
+@pytest.mark.parametrize("each", ["sample", "decision", "unit"])
+def test_loss_and_gradient_equal_a_twin(each: str, fields: dict[str, Any], case: Callable[..., Any]) -> None:
+    """Samples of three decisions of two units, worth the same or not; in two micro-batches."""
+    policy, batch = case(n=9, k=6, j=3, spread=0.5)
+    units_NK = torch.randn(9, 6, dtype=torch.float64)
+    if each == "sample":
+        batch = replace(batch, advantages_NJ=batch.advantages_NJ[:, :1].expand(9, 3))
+    if each == "unit":
+        batch = replace(batch, unit_advantages_NK=units_NK)
+    config = PolicyGradientConfig(**fields)
+    trained = batch.mask_NK
+    context = LossContext(int(trained.sum()), int(batch.trained_NJ.sum()), int(trained.any(1).sum()), 0)
+    total = 0.0
+    for rows in (torch.arange(0, 4), torch.arange(4, 9)):
+        part = batch.select(rows)
+        loss = policy_loss(config, policy.evaluate(part.trace), part, context)
+        loss.value.backward()
+        total += float(loss.value.detach())
+    worth = (lambda n, k: float(units_NK[n, k])) if each == "unit" else (lambda n, k: float(batch.advantages_NJ[n, k // 2]))
+    wanted, gradient = twin(policy, batch, config, worth)
+    assert total == pytest.approx(wanted, rel=1e-9)
+    torch.testing.assert_close(policy.gradients()[0], gradient, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("algorithm", [PPO, GRPO, SFT])

@@ -38,7 +38,8 @@ RULES = {
     "mmrl.messages": (),
     "mmrl.transcripts": ("mmrl.messages",),
     "mmrl.answers": ("mmrl.registry",),
-    "mmrl.types": ("mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.transcripts"),
+    "mmrl.observation": ("mmrl.columns", "mmrl.messages"),
+    "mmrl.types": ("mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.observation", "mmrl.transcripts"),
     "mmrl.protocols": ("mmrl.types", "mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.transcripts"),
     "mmrl.errors": (),
     "mmrl.caching": ("mmrl.errors",),
@@ -56,7 +57,7 @@ RULES = {
     "simulators": (*CONTRACTS, "mmrl.workers", "mmrl.registry"),
     "tools": CONTRACTS,
 }
-TORCH_ONLY = ("mmrl.numerics", "mmrl.columns", "mmrl.types", "mmrl.protocols")
+TORCH_ONLY = ("mmrl.numerics", "mmrl.columns", "mmrl.observation", "mmrl.types", "mmrl.protocols")
 
 SOURCES = sorted(path for package in (*PACKAGES, "benchmarks") for path in (ROOT / package).rglob("*.py"))
 MODULES = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in PACKAGES]

@@ -276,6 +276,16 @@ def test_the_policy_learns_what_rewards_pay(path: Path, tmp_path: Path) -> None:
     assert evaluated[-1]["tool_rate"] == 0 and evaluated[-1]["answered"] == 1
 
 
+def test_groups_that_are_played_anew_are_judged_as_well(path: Path, tmp_path: Path) -> None:
+    overrides = ["stages.improve.algorithm.max_refills=3", "stages.improve.rewards.spare.weight=0", "stages.improve.iterations=8"]
+    found = rows(train(config.load(path, [*overrides, "policy.start=[2.0, 0.0, -9.0]"]), tmp_path / "run", Quiet()))
+    assert any(row["rollout/refills"] for row in found)
+    for row in found:  # all that was played is counted, in all its rounds
+        played = row["rollout/episodes"] + row["rollout/unscored_episodes"]
+        assert played == 32 * (1 + row["rollout/refills"]) and row["rollout/lost_episodes"] == 0
+        assert row["rollout/return"] == pytest.approx(1 - row["rollout/success"] + 0.5, abs=1e-5)  # yes or no, and never a look
+
+
 def test_the_environment_s_own_reward_can_count_too(path: Path, tmp_path: Path) -> None:
     found = rows(train(config.load(path, ["stages.improve.scoring={environment: 5.0}"]), tmp_path / "run", Quiet()))
     assert found[-1]["rollout/success"] > 0.9 > 0.1 > found[-1]["reward/correct"]

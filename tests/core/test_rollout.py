@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmrl.columns import Column
 from mmrl.numerics.advantages import gae
 from mmrl.numerics.draws import Draws
-from mmrl.rollout import Collector, episode_metrics
+from mmrl.rollout import Collector, episode_metrics, of_slots
 from mmrl.types import ActionSpec, Decision, Observation, Step
 
 CHUNK = 2
@@ -343,3 +344,37 @@ def test_advantages_over_a_rollout_equal_those_of_its_episodes(auto_reset: bool)
         seen.add((b, task, before))
         assert float(advantages_TB[t, b]) == pytest.approx(naive[b, task, before], rel=1e-9, abs=1e-9)
     assert seen == naive.keys()  # every decision that did anything, once
+
+
+class KeyedEnvironment(ScriptedEnvironment):
+    """The key of a state is the number of actions so far, whatever the task."""
+
+    def _observe(self) -> Observation:
+        return replace(super()._observe(), anchors_B=torch.tensor(self.clock))
+
+
+def test_a_decision_is_recorded_with_the_state_it_was_made_in() -> None:
+    """Of the moment before it, the first of an episode that began within the rollout among them; side by side in two parts."""
+    environments: list[Any] = [KeyedEnvironment(SCRIPTS, 2), KeyedEnvironment(SCRIPTS, 1)]
+    collector = Collector(environments, decisions=4, seed=0, device=torch.device("cpu"))
+    rollout = collector.collect(untyped(ScriptedPolicy()))
+    assert rollout.anchor_TB is not None
+    assert rollout.anchor_TB.tolist() == [[0, 0, 0], [2, 2, 2], [0, 0, 4], [2, 2, 0]]
+    assert torch.equal(rollout.anchor_TB, rollout.trace["state"][..., 1].long())  # what the policy saw
+    plain, _ = collect(ScriptedEnvironment(SCRIPTS, 2), ScriptedPolicy(), decisions=2)
+    assert plain.anchor_TB is None
+
+
+def test_slots_of_whole_episodes_are_taken_out_with_their_episodes() -> None:
+    environment = KeyedEnvironment([SCRIPTS[2], SCRIPTS[0], SCRIPTS[1]], 3)
+    rollout, _ = collect(environment, ScriptedPolicy(), decisions=9, auto_reset=False)
+    names = Column.of("abcdefghi").map(lambda x: x.reshape(3, 3))
+    keep_B = torch.tensor([True, False, True])
+    taken = of_slots(replace(rollout, trace={**rollout.trace, "name": names}), keep_B)
+    assert taken.rewards_TB.tolist() == rollout.rewards_TB[:, keep_B].tolist() and taken.task_ids_TB[0].tolist() == [0, 2]
+    assert taken.anchor_TB is not None and rollout.anchor_TB is not None
+    assert torch.equal(taken.anchor_TB, rollout.anchor_TB[:, keep_B])
+    assert taken.trace["name"].tolist() == [["a", "c"], ["d", "f"], ["g", "i"]]
+    assert taken.episodes.task_ids_M.tolist() == [0, 2] and taken.episodes.lengths_M.tolist() == [6, 4]
+    assert taken.env_steps == 10 and taken.lost == 0
+    assert taken.reference_log_probs_TBK is None

@@ -183,6 +183,13 @@ def test_the_expert_is_right_and_says_it_in_the_right_form() -> None:
     assert made.expert_action().tolist() == [None] * 3
 
 
+def test_without_tools_the_expert_knows_the_answer() -> None:
+    made = asking.environment(num_envs=2)
+    made.reset(torch.tensor([4, 9]))
+    assert [message.text for message in made.expert_action().tolist()] == ["5", "10"]
+    assert made.step(made.expert_action()).metrics["success"].tolist() == [1.0, 1.0]
+
+
 def test_examples_stand_before_the_question_and_nobody_asks_for_their_tasks() -> None:
     made = asking.environment(asking.add, num_envs=1, demonstrations=2)
     conversation = (made.reset(torch.tensor([4])).conversations or ())[0]

@@ -155,6 +155,17 @@ def test_observations_keep_count_of_decisions() -> None:
         replace(plain, elapsed_B=torch.zeros(2))
 
 
+def test_observations_keep_the_keys_of_states() -> None:
+    plain = Observation({}, None, ("a", "b", "c"))
+    assert plain.select(torch.tensor([1])).anchors_B is None and Observation.concat([plain, plain]).anchors_B is None
+    keyed = replace(plain, anchors_B=torch.tensor([5, -(2**62), 5]))
+    picked = keyed.select(torch.tensor([2, 1])).to(torch.device("cpu"))
+    joined = Observation.concat([picked, keyed])
+    assert joined.anchors_B is not None and joined.anchors_B.tolist() == [5, -(2**62), 5, -(2**62), 5]
+    with pytest.raises(ShapeError, match="anchors_B"):
+        replace(plain, anchors_B=torch.zeros(2).long())
+
+
 def test_episode_records_select_and_join_rows() -> None:
     joined = EpisodeRecord.concat([episodes(2), episodes(3)])
     assert joined.task_ids_M.tolist() == [0, 1, 0, 1, 2] and joined.lengths_M.tolist() == [10, 11, 10, 11, 12]

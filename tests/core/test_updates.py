@@ -345,6 +345,55 @@ def test_the_reference_scores_every_decision_with_its_own_weights(micro: int | N
     assert len(batch) == 11 and torch.equal(advantages.keep_TB, rollout.valid_TB)
 
 
+class Remembering:
+    """An algorithm that learns from some slots, in samples of whole episodes, and keeps the rollout it was shown."""
+
+    epochs, minibatches, max_kl, group_size, whole_episodes, uses_reference, max_refills = 1, 1, None, 1, True, True, 0
+    judges_by_reference = False
+
+    def taught(self, rollout: Rollout) -> Tensor:
+        return torch.tensor([True, True, False, True])
+
+    def advantages(self, rollout: Rollout) -> Advantages:
+        self.seen = rollout
+        return Advantages(rollout.rewards_TB, rollout.rewards_TB, rollout.valid_TB & self.taught(rollout), {})
+
+
+@pytest.mark.parametrize(("micro", "everything"), [(None, False), (2, False), (2, True)])
+def test_the_reference_scores_before_rewards_are_judged_and_what_is_read_alone(
+    micro: int | None, everything: bool, policy: Linear
+) -> None:
+    """What is left out of the loss is scored only where rewards are judged by the reference."""
+
+    class Whole(Linear):
+        rows = 0
+
+        def pack(self, rollout: Rollout) -> Packing:
+            return rollout.by_episode()
+
+        def evaluate(self, trace: Mapping[str, Tensor]) -> Evaluation:
+            self.rows += len(trace["x"])
+            scored = super().evaluate({"x": trace["x"].flatten(0, 1)})
+            longest = trace["x"].shape[1]
+            return Evaluation(scored.log_probs_NK.reshape(-1, longest * K), scored.entropy_NK.reshape(-1, longest * K), None)
+
+    rollout, algorithm = rollout_of(policy), Remembering()
+    algorithm.judges_by_reference = everything
+    torch.manual_seed(9)
+    reference, learner = Whole(), Whole()
+    update = update_of(learner, algorithm, Recorder(policy), reference=reference, micro_batch=micro)
+    batch, _ = update.prepare(rollout)
+    scored = Linear.evaluate(reference, {"x": rollout.trace["x"]}).log_probs_NK.detach()  # type: ignore[arg-type]
+    read_TB = rollout.valid_TB & torch.tensor([True, True, everything, True])
+    seen_TBK = algorithm.seen.reference_log_probs_TBK
+    assert seen_TBK is not None and reference.rows == 3 + everything
+    torch.testing.assert_close(seen_TBK, scored * read_TB[..., None], rtol=1e-12, atol=1e-12)
+    assert batch.reference_log_probs_NK is not None and len(batch) == 3
+    rows_NJK = batch.reference_log_probs_NK.unflatten(1, (3, K))
+    torch.testing.assert_close(rows_NJK[2], scored[:, 3], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rows_NJK[1, :2], scored[:2, 1], rtol=1e-12, atol=1e-12)
+
+
 def test_the_first_update_of_a_rollout_has_ratio_one(policy: Linear) -> None:
     update = update_of(policy, PPO(PPO.Config(epochs=1, minibatches=1)), real_optimization(policy))
     batch, _ = update.prepare(rollout_of(policy))

@@ -384,8 +384,8 @@ CORE: tuple[Row, ...] = (
     (
         "grpo: groups without spread are trained",
         "mmrl/algorithms/grpo.py",
-        "(complete_P & spread_P & in_range_P).repeat_interleave(self.group_size)",
-        "in_range_P.repeat_interleave(self.group_size)",
+        "return self.complete_P & self.spread_P & self.in_range_P",
+        "return self.in_range_P",
         "tests/algorithms/test_grpo.py::test_groups_without_spread_are_left_out_and_counted",
     ),
     (
@@ -419,7 +419,7 @@ CORE: tuple[Row, ...] = (
     (
         "updates: shares by rows, not by real actions",
         "mmrl/updates.py",
-        "share = int(part.mask_BH.sum()) / real",
+        "share = float(weight_B[piece].sum()) / real",
         "share = len(part) / len(examples)",
         "tests/core/test_updates.py::test_micro_batches_of_examples_weigh_by_their_real_actions",
     ),

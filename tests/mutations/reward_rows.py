@@ -125,8 +125,8 @@ REWARDS: tuple[Row, ...] = (
     (
         "code vision: turns are counted the other way",
         "mmrl/rewards/operations.py",
-        "float(arguments['degrees']) % 360:g",
-        "-float(arguments['degrees']) % 360:g",
+        "{degrees % 360:g}",
+        "{-degrees % 360:g}",
         f"{_VISION}::test_mandatory",
     ),
     (
@@ -284,6 +284,13 @@ REWARDS: tuple[Row, ...] = (
         f"{_OTHERS}::test_a_call_that_failed_and_pictures_from_elsewhere_show_nothing",
     ),
     (
+        "evidence: any cut that stands right is a step",
+        "mmrl/rewards/evidence.py",
+        " and area(picture.box_in_source()) > most",
+        "",
+        f"{_OTHERS}::test_a_box_is_evidence_where_a_crop_is_expected_and_the_turn_where_not",
+    ),
+    (
         "evidence: maps are multiplied in the wrong order",
         "mmrl/rewards/evidence.py",
         "(a, b, d, e), (p, q, s, t) = whole, _LINEAR[name]",
@@ -310,13 +317,6 @@ REWARDS: tuple[Row, ...] = (
         "zip(steps, transcript.turns, strict=True) if turn.calls]",
         "zip(steps, transcript.turns, strict=True)]",
         f"{_OTHERS}::test_steps_are_scored_by_what_their_tools_gave",
-    ),
-    (
-        "overlong: the buffer lies beyond the limit",
-        "mmrl/rewards/tool_rewards.py",
-        "(limit - buffer - count) / buffer",
-        "(limit - count) / buffer",
-        f"{_OTHERS}::test_overlong_is_dapo_s",
     ),
     (
         "judge: a number beyond the scale is a score",

@@ -31,8 +31,8 @@ ROBOTS: tuple[Row, ...] = (
     (
         "grpo: an incomplete group counts",
         "mmrl/algorithms/grpo.py",
-        "(complete_P & spread_P & in_range_P).repeat",
-        "(spread_P & in_range_P).repeat",
+        "return self.complete_P & self.spread_P & self.in_range_P",
+        "return self.spread_P & self.in_range_P",
         f"{_LOST}::test_grpo_leaves_an_incomplete_group_out",
     ),
     (

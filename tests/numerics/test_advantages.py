@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrl.numerics.advantages import gae, group_relative, standardize
+from mmrl.numerics.advantages import (
+    gae,
+    group_relative,
+    overlong_penalty,
+    peer_relative,
+    returns_to_go,
+    standardize,
+)
 
 close = torch.testing.assert_close
 
@@ -109,7 +116,7 @@ def naive_group_relative(rewards, scale, baseline, eps):
         row = []
         for i, r in enumerate(group):
             others = group[:i] + group[i + 1 :]
-            base = sum(group) / len(group) if baseline == "mean" else sum(others) / len(others)
+            base = {"mean": sum(group) / len(group), "leave_one_out": sum(others) / len(others), "none": 0.0}[baseline]
             sample = {"group_std": group, "batch_std": everything, "none": None}[scale]
             if sample is None:
                 row.append(r - base)
@@ -122,7 +129,7 @@ def naive_group_relative(rewards, scale, baseline, eps):
 
 
 @pytest.mark.parametrize("scale", ["group_std", "batch_std", "none"])
-@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "none"])
 @pytest.mark.parametrize("eps", [1e-6, 0.3])
 def test_group_relative_is_its_definition(scale, baseline, eps):
     rewards = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
@@ -181,3 +188,60 @@ def test_standardize_is_over_the_kept_entries():
 
 def test_standardize_of_one_entry_is_zero():
     assert standardize(torch.tensor([5.0, 7.0]), torch.tensor([True, False])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("scale", ["group_std", "batch_std", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_peers_are_compared_as_groups_are(scale, baseline):
+    """Groups of 3, 1, 4 and 2, mixed; the one that is alone is worth 0."""
+    keys = [7, -2, 7, 50, 3, 3, 50, 7, 3, 3]
+    values = torch.randn(10, dtype=torch.float64, generator=torch.Generator().manual_seed(14)).tolist()
+    spread = math.sqrt(sum((v - sum(values) / 10) ** 2 for v in values) / 9)
+    got, sizes = peer_relative(torch.tensor(values).double(), torch.tensor(keys), scale=scale, baseline=baseline, eps=0.3)
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        group = [v for k, v in zip(keys, values, strict=True) if k == key]
+        assert int(sizes[i]) == len(group)
+        if len(group) == 1:
+            assert float(got[i]) == 0
+            continue
+        mean = sum(group) / len(group)
+        base = mean if baseline == "mean" else (sum(group) - value) / (len(group) - 1)
+        own = math.sqrt(sum((v - mean) ** 2 for v in group) / (len(group) - 1))
+        divisor = {"group_std": own + 0.3, "batch_std": spread + 0.3, "none": 1.0}[scale]
+        assert float(got[i]) == pytest.approx((value - base) / divisor, abs=1e-7)
+
+
+def test_peers_of_equal_groups_are_group_relative():
+    rewards = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(15))
+    keys = torch.tensor([[9], [0], [4]]).expand(3, 4)
+    close(peer_relative(rewards.flatten(), keys.flatten())[0].reshape(3, 4), group_relative(rewards), rtol=1e-12, atol=1e-12)
+
+
+def test_peers_that_agree_are_worth_nothing():
+    """A mean that is off by its rounding would be blown up by a standard deviation of 0."""
+    assert peer_relative(torch.full((7,), 0.7), torch.zeros(7, dtype=torch.long))[0].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("options", [{"baseline": "none"}, {"baseline": "median"}, {"scale": "std"}])
+def test_peer_relative_refusals(options):
+    with pytest.raises(ValueError, match=r"knows baselines \['leave_one_out', 'mean'\] and scales"):
+        peer_relative(torch.zeros(2), torch.zeros(2, dtype=torch.long), **options)
+
+
+def test_returns_to_go_is_its_sum():
+    rewards = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(16))
+    got = returns_to_go(rewards, gamma=0.7)
+    for t in range(5):
+        for b in range(3):
+            assert float(got[t, b]) == pytest.approx(sum(0.7 ** (u - t) * float(rewards[u, b]) for u in range(t, 5)))
+    assert torch.equal(returns_to_go(rewards, gamma=0.0), rewards)
+
+
+def test_overlong_penalty_by_hand():
+    """DAPO's own numbers: 16384 tokens, and 4096 more over which the punishment grows."""
+    lengths = torch.tensor([0, 16384, 16385, 18432, 20480, 20481, 99999])
+    got = overlong_penalty(lengths, limit=20480, buffer=4096)
+    assert got.tolist() == pytest.approx([0, 0, -1 / 4096, -0.5, -1, -1, -1])
+    for buffer in (0, 20481):
+        with pytest.raises(ValueError, match="use 1 to 20480"):
+            overlong_penalty(lengths, limit=20480, buffer=buffer)

@@ -77,6 +77,26 @@ def surrogate(draw: Draw) -> list[torch.Tensor]:
     return [number for loss in results for number in (loss.value, *(torch.as_tensor(m) for m in loss.metrics.values()))]
 
 
+def cispo(draw: Draw) -> list[torch.Tensor]:
+    old = draw.normal(3, 4)
+    units = (old + 0.3 * draw.normal(3, 4), old, draw.normal(3, 4), draw.coin(3, 4, chance=0.7))
+    return [losses.clipped_surrogate(*units, clip_low=1.0, clip_high=0.3, objective="cispo").value]
+
+
+def peers(draw: Draw) -> list[torch.Tensor]:
+    values, groups = draw.normal(8), torch.tensor([1, 0, 0, 5, 1, 0, 1, 0])
+    return [
+        advantages.peer_relative(values, groups, scale=scale, baseline=baseline, eps=1e-4)[0]
+        for scale in ("group_std", "batch_std", "none")
+        for baseline in ("mean", "leave_one_out")
+    ]
+
+
+def shaping(draw: Draw) -> list[torch.Tensor]:
+    lengths = (20 * draw.normal(6)).abs().round()
+    return [advantages.returns_to_go(draw.normal(4, 2), gamma=0.9), advantages.overlong_penalty(lengths, limit=20, buffer=10)]
+
+
 def critic(draw: Draw) -> list[torch.Tensor]:
     values, old, returns = draw.normal(3, 8)
     mask = draw.coin(8, chance=0.8)
@@ -109,7 +129,10 @@ CASES: dict[str, Callable[[Draw], list[torch.Tensor]]] = {
     "flow.constant": chain("constant", 0.3),
     "advantages.gae": gae,
     "advantages.group_relative": group_relative,
+    "advantages.peer_relative": peers,
+    "advantages.shaping": shaping,
     "losses.clipped_surrogate": surrogate,
+    "losses.cispo": cispo,
     "losses.critic": critic,
     "losses.kl_estimate": divergences,
     "tokens": vocabulary,

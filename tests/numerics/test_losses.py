@@ -26,8 +26,8 @@ def random_units(seed, b=4, k=5, spread=0.3):
     return log_probs.requires_grad_(), old, advantages, mask
 
 
-def naive_surrogate(log_probs, old, advantages, mask, *, clip_low, clip_high, dual_clip, ratio, reduce, normalizer):
-    """The clipped objective, unit by unit; returns the loss and the metrics."""
+def naive_surrogate(log_probs, old, advantages, mask, *, clip_low, clip_high, dual_clip, objective, ratio, reduce, normalizer):
+    """The objective, unit by unit; returns the loss and the metrics."""
     per_sample, ratios, clipped_units, kls = [], [], [], []
     for lp, ol, adv, keep in zip(log_probs, old, advantages, mask, strict=True):
         units = [k for k in range(len(lp)) if keep[k]]
@@ -38,12 +38,12 @@ def naive_surrogate(log_probs, old, advantages, mask, *, clip_low, clip_high, du
             if ratio == "sequence":
                 r = math.prod(math.exp(lp[j] - ol[j]) for j in units) ** (1 / len(units))
             bounded = min(max(r, 1 - clip_low), 1 + clip_high)
-            objective = min(r * adv[k], bounded * adv[k])
-            clipped_units.append(float(bounded * adv[k] < r * adv[k]))
+            worth = bounded * adv[k] * lp[k] if objective == "cispo" else min(r * adv[k], bounded * adv[k])
+            clipped_units.append(float(bounded != r if objective == "cispo" else bounded * adv[k] < r * adv[k]))
             if dual_clip is not None and adv[k] < 0:
-                objective = max(objective, dual_clip * adv[k])
+                worth = max(worth, dual_clip * adv[k])
             ratios.append(r)
-            unit_losses.append(-objective)
+            unit_losses.append(-worth)
         per_sample.append(unit_losses)
     n = len(ratios)
     if reduce == "sample_mean":
@@ -64,17 +64,19 @@ def naive_surrogate(log_probs, old, advantages, mask, *, clip_low, clip_high, du
     seed=st.integers(0, 10**6),
     clip_low=st.floats(0.01, 0.5),
     clip_high=st.floats(0.01, 0.5),
-    dual_clip=st.sampled_from([None, 1.2, 3.0]),
+    objective=st.sampled_from([("clip", None), ("clip", 1.2), ("clip", 3.0), ("cispo", None)]),
     ratio=st.sampled_from(["unit", "sequence"]),
     reduce=st.sampled_from(["unit_mean", "sample_mean", "constant"]),
     normalizer=st.sampled_from([None, 7, 12.5]),
 )
-def test_clipped_surrogate_is_its_loop(seed, clip_low, clip_high, dual_clip, ratio, reduce, normalizer):
+def test_clipped_surrogate_is_its_loop(seed, clip_low, clip_high, objective, ratio, reduce, normalizer):
+    objective, dual_clip = objective
     units = random_units(seed)
     options: dict[str, Any] = {
         "clip_low": clip_low,
         "clip_high": clip_high,
         "dual_clip": dual_clip,
+        "objective": objective,
         "ratio": ratio,
         "reduce": reduce,
         "normalizer": 7 if reduce == "constant" and normalizer is None else normalizer,
@@ -100,9 +102,9 @@ def test_clipped_surrogate_by_hand(ratio, advantage, loss):
     assert got.value.item() == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize("options", [{}, {"dual_clip": 3.0}, {"objective": "cispo"}])
 @pytest.mark.parametrize("ratio", ["unit", "sequence"])
-def test_gradient_at_ratio_one_is_that_of_reinforce(ratio, dual_clip):
+def test_gradient_at_ratio_one_is_that_of_reinforce(ratio, options):
     """Per-sample advantages, so that the sequence ratio's gradient is REINFORCE's as well."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 4, 3, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -112,7 +114,7 @@ def test_gradient_at_ratio_one_is_that_of_reinforce(ratio, dual_clip):
     mask[:, 0] = True
     log_probs = Categorical(logits=logits).log_prob(actions)
     loss = losses.clipped_surrogate(
-        log_probs, log_probs.detach(), advantages, mask, clip_low=0.2, clip_high=0.2, ratio=ratio, dual_clip=dual_clip
+        log_probs, log_probs.detach(), advantages, mask, clip_low=0.2, clip_high=0.2, ratio=ratio, **options
     )
     reinforce = -(advantages * log_probs)[mask].sum() / mask.sum()
     (got,) = torch.autograd.grad(loss.value, logits, retain_graph=True)
@@ -122,15 +124,62 @@ def test_gradient_at_ratio_one_is_that_of_reinforce(ratio, dual_clip):
     assert loss.metrics["clip_fraction"] == loss.metrics["approx_kl"] == 0
 
 
+def test_cispo_s_gradient_is_reinforce_s_weighted_by_bounded_ratios():
+    """The weights carry no gradient, and units beyond the bounds keep theirs."""
+    log_probs, old, advantages, mask = random_units(7, spread=0.8)
+    loss = losses.clipped_surrogate(log_probs, old, advantages, mask, clip_low=0.3, clip_high=0.4, objective="cispo")
+    (got,) = torch.autograd.grad(loss.value, log_probs)
+    for b, k in mask.nonzero().tolist():
+        weight = min(max(math.exp(log_probs[b, k] - old[b, k]), 0.7), 1.4)
+        assert got[b, k].item() == pytest.approx(-weight * advantages[b, k].item() / int(mask.sum()))
+    assert not got[~mask].any() and float(loss.metrics["clip_fraction"]) > 0.2
+
+
+def test_the_sequence_ratio_s_gradient_is_that_of_each_unit_s_advantage():
+    """GSPO-token: the unit's own A and log p, times the sample's ratio; nothing where that is clipped on the advantage's side."""
+    log_probs, old, advantages, mask = random_units(8, b=6, spread=0.6)
+    loss = losses.clipped_surrogate(log_probs, old, advantages, mask, clip_low=0.1, clip_high=0.1, ratio="sequence")
+    (got,) = torch.autograd.grad(loss.value, log_probs)
+    cut = 0
+    for b in range(6):
+        units = mask[b].nonzero()[:, 0].tolist()
+        s = math.exp(sum(float(log_probs[b, k] - old[b, k]) for k in units) / len(units))
+        for k in units:
+            a = advantages[b, k].item()
+            cut += stopped if (stopped := (a > 0 and s > 1.1) or (a < 0 and s < 0.9)) else 0
+            assert got[b, k].item() == pytest.approx(0.0 if stopped else -s * a / int(mask.sum()))
+    assert 0 < cut < int(mask.sum())
+
+
+def test_the_sequence_ratio_of_one_advantage_is_gspo():
+    """The gradient is that of s itself, which runs through the mean of all log-ratios."""
+    log_probs, old, advantages, mask = random_units(10, b=6)
+    options: dict[str, Any] = {"clip_low": 0.1, "clip_high": 0.1, "reduce": "sample_mean"}
+    loss = losses.clipped_surrogate(log_probs, old, advantages[:, :1], mask, ratio="sequence", **options)
+    gap = torch.where(mask, log_probs - old, 0).sum(1) / mask.sum(1)
+    s, a = gap.exp(), advantages[:, 0]
+    gspo = -torch.minimum(s * a, s.clamp(0.9, 1.1) * a).mean()
+    close(loss.value, gspo, rtol=1e-12, atol=1e-14)
+    (got,), (want,) = (torch.autograd.grad(value, log_probs) for value in (loss.value, gspo))
+    close(got, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("objective", ["clip", "cispo"])
 @pytest.mark.parametrize("reduce", ["unit_mean", "sample_mean", "constant"])
 @pytest.mark.parametrize("ratio", ["unit", "sequence"])
-def test_micro_batches_add_up_to_the_whole(reduce, ratio):
+def test_micro_batches_add_up_to_the_whole(reduce, ratio, objective):
     """Loss and gradient; the parts hold unequal numbers of units, so averaging them would differ."""
     log_probs, old, advantages, mask = random_units(3, b=7)
     mask[:-1] |= torch.rand(6, 1, generator=torch.Generator().manual_seed(9)) < 0.5
     mask[-1, 0] = True
     divisor = {"unit_mean": int(mask.sum()), "sample_mean": 7, "constant": 7 * 5}[reduce]
-    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.3, "reduce": reduce, "ratio": ratio}
+    options: dict[str, Any] = {
+        "clip_low": 0.2,
+        "clip_high": 0.3,
+        "objective": objective,
+        "reduce": reduce,
+        "ratio": ratio,
+    }
     whole = losses.clipped_surrogate(log_probs, old, advantages, mask, **options, normalizer=35 if reduce == "constant" else None)
     (want,) = torch.autograd.grad(whole.value, log_probs, retain_graph=True)
     parts = [
@@ -143,12 +192,13 @@ def test_micro_batches_add_up_to_the_whole(reduce, ratio):
     close(got, want, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("objective", [{"dual_clip": 3.0}, {"objective": "cispo"}])
 @pytest.mark.parametrize("reduce", ["unit_mean", "sample_mean"])
 @pytest.mark.parametrize("ratio", ["unit", "sequence"])
-def test_units_that_are_masked_may_hold_anything(ratio, reduce):
+def test_units_that_are_masked_may_hold_anything(ratio, reduce, objective):
     log_probs, old, advantages, mask = random_units(4)
     poison = lambda x: torch.where(mask, x, torch.full_like(x, math.nan))  # noqa: E731
-    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "ratio": ratio, "reduce": reduce, "dual_clip": 3.0}
+    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "ratio": ratio, "reduce": reduce, **objective}
     clean = losses.clipped_surrogate(log_probs, old, advantages, mask, **options)
     (want,) = torch.autograd.grad(clean.value, log_probs)
     poisoned = poison(log_probs.detach()).requires_grad_()
@@ -181,6 +231,8 @@ def test_a_batch_without_units_has_loss_zero_and_zero_gradient():
         ({"reduce": "mean"}, "reduce 'mean' is unknown; use one of constant, sample_mean, unit_mean"),
         ({"ratio": "token"}, "ratio 'token' is unknown"),
         ({"dual_clip": 1.0}, "use more than 1"),
+        ({"objective": "ppo"}, "objective 'ppo' is unknown; use one of cispo, clip"),
+        ({"objective": "cispo", "dual_clip": 3.0}, "belongs to objective 'clip'; with 'cispo' leave it None"),
     ],
 )
 def test_clipped_surrogate_refusals(options, message):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mmrl.rewards.code_vision import CodeVision
+from mmrl.rewards.operations import operation
 from mmrl.transcripts import Transcript
 from tests.rewards.tales import question, said, tale, used
 
@@ -17,7 +18,7 @@ ALONE: dict[str, float] = {"form": 0.0, "mandatory": 0.0, "necessary": 0.0, "exa
 TURNED, DETAIL, BOTH, PLAIN = (
     question(operations=("rotate_90",)),
     question(box=BOX),
-    question(operations=("rotate_90",), box=BOX),
+    question(operations=("rotate_90", "crop"), box=BOX),
     question(),
 )
 RIGHT, LEFT = used("rotate", degrees=90), used("rotate", degrees=270)
@@ -89,6 +90,11 @@ def test_mandatory(about: Any, calls: list[Any], value: float) -> None:
     assert one("mandatory", tale(calls, about=about, answer="no")) == pytest.approx(value)
 
 
+def test_a_tool_of_that_name_from_elsewhere_is_another_operation() -> None:
+    assert operation(said("rotate")) == "rotate" and operation(said("flip")) == "flip_None"
+    assert operation(used("rotate", degrees=-90)) == "rotate_270" and operation(used("rotate", degrees=22.5)) == "rotate_22.5"
+
+
 def test_a_crop_of_the_turned_picture_is_found_in_the_first() -> None:
     turned = RIGHT.result.pictures[0]  # (x, y) of the first is (80 - y, x) there
     crop = used("crop", on=(turned,), box=(50, 10, 70, 30))
@@ -127,7 +133,7 @@ def test_usage_and_spurious() -> None:
     assert cost(TURNED, RIGHT, RIGHT) == 0
     assert cost(TURNED, RIGHT, RIGHT, RIGHT, RIGHT) == 2  # beyond max(2, 1)
     assert cost(TURNED, RIGHT, FAILED, FAILED) == 1  # failed ones are calls
-    three = question(operations=("rotate_90", "flip_horizontal"), box=BOX)
+    three = question(operations=("rotate_90", "flip_horizontal", "crop"), box=BOX)
     assert cost(three, RIGHT, RIGHT, RIGHT) == 0 and cost(three, RIGHT, RIGHT, RIGHT, RIGHT) == 1
     assert cost(PLAIN, RIGHT) == 1 and cost(PLAIN, RIGHT, MIRROR) == 2 and cost(PLAIN, EXACT) == 0
     assert cost(DETAIL, EXACT, MIRROR) == 1
@@ -247,9 +253,11 @@ def test_terms_are_their_means() -> None:
     )
 
 
-def test_a_box_that_is_most_of_the_picture_asks_for_no_crop() -> None:
-    whole = question(operations=("rotate_90",), box=(0, 0, 100, 80))
-    assert scores(tale([RIGHT], about=whole), **{**ALONE, "mandatory": 1.0, "exact": 0.1}) == pytest.approx([2.1])
+@pytest.mark.parametrize("details", [{"box": (0, 0, 100, 80)}, {"box": BOX}, {}])
+def test_no_crop_is_expected_that_the_operations_do_not_name(details: Any) -> None:
+    about = question(operations=("rotate_90",), **details)
+    assert scores(tale([RIGHT], about=about), **{**ALONE, "mandatory": 1.0, "exact": 0.1}) == pytest.approx([2.1])
+    assert scores(tale(about=question(box=(0, 0, 100, 80))), **{**ALONE, "mandatory": 1.0}) == [1.0]  # nor for a whole picture
 
 
 def test_an_answer_that_cannot_be_judged_is_no_number_and_no_mate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Answers, form, DeepEyes, MMSearch-R1, evidence, faithfulness, calls and length, against cases worked out by hand."""
+"""Answers, form, DeepEyes, MMSearch-R1, evidence, faithfulness and calls, against cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmrl.rewards.deep_eyes import DeepEyes
 from mmrl.rewards.faithful import Faithful, FaithfulTurns
 from mmrl.rewards.form import Form, Penalties, balanced
 from mmrl.rewards.mm_search import MMSearch
-from mmrl.rewards.tool_rewards import CallCost, CallOutcomes, Emitted, Overlong
+from mmrl.rewards.tool_rewards import CallCost, CallOutcomes, Emitted
 from mmrl.transcripts import Transcript
 from tests.rewards.tales import PICTURE, WELL, question, said, tale, used
 
@@ -240,6 +240,21 @@ def test_texts_are_found_as_words_and_ids_as_values() -> None:
     assert found(about, said("s", details={"ids": ("doc-1", "doc-7")})) == {"doc-7"}
     assert found(about, said("s", details={"ids": ("doc-77",)})) == set()
     assert found(about, said("s", "grey cat doc-7", error="timeout")) == set()
+    assert found(question(evidence="Grey Cat"), said("s", "a grey cat")) == {"Grey Cat"}
+
+
+def test_a_box_is_evidence_where_a_crop_is_expected_and_the_turn_where_not() -> None:
+    turned, cut = used("rotate", degrees=90), used("crop", box=BOX)
+    only_turn, both = (question(operations=names, box=BOX) for names in (("rotate_90",), ("rotate_90", "crop")))
+    assert evidence.faithful(tale([turned], about=only_turn)) is True and evidence.faithful(tale([cut], about=only_turn)) is False
+    assert evidence.faithful(tale([turned], about=both)) is False and evidence.faithful(tale([cut], about=both)) is True
+    assert evidence.faithful(tale([cut], about=question(operations=(), box=BOX))) is None
+    # On the way to a cut, putting the picture right is a step in the right direction; a cut elsewhere is none, however it stands.
+    picture = turned.result.pictures[0]
+    crops = [used("crop", on=(picture,), box=box) for box in ((50, 10, 70, 30), (0, 0, 9, 9))]
+    steps = FaithfulTurns(FaithfulTurns.Config()).per_turn([tale([turned], *[[each] for each in crops], about=both)])
+    assert steps == [[1, 1, 0, 0]]
+    assert FaithfulTurns(FaithfulTurns.Config()).per_turn([tale([turned], about=question(box=BOX))]) == [[0, 0]]
 
 
 def test_faithful_is_a_picture_or_all_texts_or_not_known() -> None:
@@ -287,7 +302,7 @@ def test_a_judge_sees_the_output_and_not_the_policy_s_words() -> None:
     assert "What the tool gave: NO 42" in second[0] and second[-1] is PICTURE
 
 
-# ---------------------------------------------------------------- calls and length
+# ---------------------------------------------------------------- calls
 
 
 def test_tools_emit_rewards_at_their_turn() -> None:
@@ -304,11 +319,3 @@ def test_outcomes_and_costs_of_calls() -> None:
     paid = CallOutcomes(CallOutcomes.Config(success=0.1, error=-1.0, kinds=("malformed",)))
     assert paid.per_turn(tales) == [[0.1, -1, 0.1, 0], [0]]
     assert CallCost(CallCost.Config())(tales) == [-2, 0] and CallCost(CallCost.Config(free=4))(tales) == [0, 0]
-
-
-def test_overlong_is_dapo_s() -> None:
-    reward = Overlong(Overlong.Config(limit=100, buffer=40))
-    tales = [tale(tokens=n) for n in (0, 60, 70, 100, 140)] + [tale([], [], tokens=26)]  # three turns: 78
-    assert reward(tales) == pytest.approx([0, 0, -0.25, -1, -1, -0.45])
-    with pytest.raises(ValueError, match="buffer is 9, more than limit"):
-        Overlong.Config(limit=8, buffer=9)

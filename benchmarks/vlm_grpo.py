@@ -1,0 +1,178 @@
+"""What a GRPO step of a vision-language model costs here and in TRL's GRPOTrainer.
+
+    python benchmarks/vlm_grpo.py [--only one_turn three_turns] [--steps 15] [--threads 1] [--completions 32] [--group 8]
+
+The same random weights (assets/tiny_qwen_vl_architecture, 0.8 million parameters), questions with a picture each, reward, group,
+loss (GRPO's clipped surrogate, mean over tokens, no KL), AdamW, clipping and float32; one update from every rollout. Nothing but
+temperature 1 shapes what is drawn, and TRL's gradient checkpointing is off. Every turn has exactly ``--tokens`` tokens: the end
+of a turn is never drawn (here it is forbidden, there ``min_new_tokens`` forbids it).
+
+``one_turn`` answers a question. ``three_turns`` goes on twice: a tool crops the picture (tools/crop.py) and shows the part. TRL's
+own tool loop does that too, but a random model calls nothing, so that its parser is told to find a call; it reads the whole
+conversation again in every turn. ``cache dropped`` does so here.
+
+Each side is a process. They take turns, step by step, so that what else the machine does hits all alike. Costs are medians after
+``--warm`` steps, by the clock and in processor time of the process, which other programs disturb less. Memory is the largest
+that the process had (ru_maxrss), libraries included, and how much of that came after model and optimizer stood. The floor is the
+passes of the step alone, bare: see vlm_grpo_parts/floor.py. Needs ``pip install trl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from vlm_grpo_parts.task import Task
+
+from policies.qwen_vl import QwenVL
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURE = ROOT / "assets" / "tiny_qwen_vl_architecture"
+TURNS = {"one_turn": 1, "three_turns": 3}
+
+
+@dataclass(frozen=True)
+class Side:
+    """name: in the table. module: what runs. task: what it does."""
+
+    name: str
+    module: str
+    task: Task
+
+
+class Process:
+    """A side that waits to be told to make a step."""
+
+    def __init__(self, side: Side, log: Path) -> None:
+        self.name, self._log = side.name, log
+        command = [sys.executable, "-m", f"vlm_grpo_parts.{side.module}", side.task.written()]
+        surroundings = os.environ | {"OMP_NUM_THREADS": str(side.task.threads), "PYTHONPATH": str(ROOT / "benchmarks")}
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=surroundings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        self.about = self._read()
+        self.steps: list[dict[str, float]] = []
+
+    def step(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        self.steps.append(self._read())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} failed:\n{self._log.read_text()[-3000:]}")
+        return json.loads(line)
+
+
+def sides(task: Task) -> list[Side]:
+    chosen = [Side("mmrl", "ours", task)]
+    if task.turns > 1:
+        chosen.append(Side("mmrl, cache dropped", "ours", replace(task, keep=False)))
+    return [*chosen, Side("TRL", "trl_side", task), Side("floor", "floor", task)]
+
+
+def measure(task: Task, steps: int, warm: int) -> list[Process]:
+    logs = Path(task.checkpoint)
+    processes = [Process(side, logs / f"{number}.log") for number, side in enumerate(sides(task))]
+    try:
+        for _ in track(range(warm + steps), f"{task.turns} turn(s)", transient=True):
+            for process in processes:
+                process.step()
+    finally:
+        for process in processes:
+            process.close()
+    for process in processes:
+        process.steps = process.steps[warm:]
+    return processes
+
+
+def table(title: str, processes: Sequence[Process]) -> Table:
+    made = Table("side", title=title, title_justify="left")
+    for column in (
+        "s a step",
+        "CPU s",
+        "generate: s",
+        "CPU s",
+        "learn: s",
+        "CPU s",
+        "tokens said",
+        "MiB",
+        "of them later",
+        "TRL / it",
+    ):
+        made.add_column(column, justify="right")
+    theirs = _cost(processes, "TRL")
+    for process in processes:
+        of = {name: [step[name] for step in process.steps] for name in process.steps[0]}
+        learn = {c: [a - b for a, b in zip(of[c], of[f"generate_{c}"], strict=True)] for c in ("wall", "cpu")}
+        seconds = [of["wall"], of["cpu"], of["generate_wall"], of["generate_cpu"], learn["wall"], learn["cpu"]]
+        memory = max(of["memory"])
+        made.add_row(
+            process.name,
+            *(f"{median(values):.3f}" for values in seconds),
+            f"{median(of['tokens']):.0f}",
+            f"{memory:.0f}",
+            f"{memory - process.about['memory']:.0f}",
+            f"{theirs / median(of['cpu']):.2f}x",
+        )
+    return made
+
+
+def _cost(processes: Sequence[Process], name: str) -> float:
+    return median(step["cpu"] for process in processes if process.name == name for step in process.steps)
+
+
+def weights(folder: Path, seed: int = 0) -> None:
+    config = QwenVL.Config(checkpoint=str(ARCHITECTURE), weights="random", seed=seed)
+    QwenVL(config, device=torch.device("cpu")).save(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(TURNS), default=list(TURNS))
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--warm", type=int, default=3, help="steps that are not counted")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--completions", type=int, default=32, help="of a step")
+    parser.add_argument("--group", type=int, default=8, help="completions of a question")
+    parser.add_argument("--tokens", type=int, default=32, help="of a turn")
+    arguments = parser.parse_args()
+    console = Console(width=150)
+    with tempfile.TemporaryDirectory() as folder:
+        weights(Path(folder))
+        for name in arguments.only:
+            task = Task(folder, arguments.completions, arguments.group, arguments.tokens, TURNS[name], arguments.threads)
+            processes = measure(task, arguments.steps, arguments.warm)
+            about = processes[0].about
+            title = (
+                f"{name}: {task.completions} completions in groups of {task.group}, {task.turns} x {task.tokens} tokens, "
+                f"{about['parameters']:,} parameters, {about['prompt_tokens'] / task.prompts:.0f} tokens of prompt; "
+                f"{task.threads} thread(s), median of {arguments.steps} steps"
+            )
+            console.print(table(title, processes))
+
+
+if __name__ == "__main__":
+    main()
