@@ -32,6 +32,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -73,6 +74,10 @@ class Process:
         self._process.stdin.flush()
         self.steps.append(self._read())
 
+    def of(self, name: str) -> list[float]:
+        """A cost of every step."""
+        return [step[name] for step in self.steps]
+
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -109,39 +114,32 @@ def measure(task: Task, steps: int, warm: int) -> list[Process]:
 
 
 def table(title: str, processes: Sequence[Process]) -> Table:
-    made = Table("side", title=title, title_justify="left")
-    for column in (
-        "s a step",
+    made = Table("", title=title, title_justify="left", box=MARKDOWN)
+    columns = (
         "CPU s",
-        "generate: s",
-        "CPU s",
-        "learn: s",
-        "CPU s",
-        "tokens said",
+        "of them generating",
+        "learning",
+        "s by the clock",
         "MiB",
-        "of them later",
-        "TRL / it",
-    ):
+        "of them for steps",
+        "TRL's CPU s / its",
+        "by the clock",
+    )
+    for column in columns:
         made.add_column(column, justify="right")
-    theirs = _cost(processes, "TRL")
+    theirs = next(process for process in processes if process.name == "TRL")
     for process in processes:
-        of = {name: [step[name] for step in process.steps] for name in process.steps[0]}
-        learn = {c: [a - b for a, b in zip(of[c], of[f"generate_{c}"], strict=True)] for c in ("wall", "cpu")}
-        seconds = [of["wall"], of["cpu"], of["generate_wall"], of["generate_cpu"], learn["wall"], learn["cpu"]]
-        memory = max(of["memory"])
+        memory = max(process.of("memory"))
+        cpu, generating = process.of("cpu"), process.of("generate_cpu")
+        learning = [whole - part for whole, part in zip(cpu, generating, strict=True)]
         made.add_row(
             process.name,
-            *(f"{median(values):.3f}" for values in seconds),
-            f"{median(of['tokens']):.0f}",
+            *(f"{median(seconds):.3f}" for seconds in (cpu, generating, learning, process.of("wall"))),
             f"{memory:.0f}",
             f"{memory - process.about['memory']:.0f}",
-            f"{theirs / median(of['cpu']):.2f}x",
+            *(f"{median(theirs.of(clock)) / median(process.of(clock)):.2f}x" for clock in ("cpu", "wall")),
         )
     return made
-
-
-def _cost(processes: Sequence[Process], name: str) -> float:
-    return median(step["cpu"] for process in processes if process.name == name for step in process.steps)
 
 
 def weights(folder: Path, seed: int = 0) -> None:
@@ -159,13 +157,14 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8, help="completions of a question")
     parser.add_argument("--tokens", type=int, default=32, help="of a turn")
     arguments = parser.parse_args()
-    console = Console(width=150)
+    console = Console(width=160)
     with tempfile.TemporaryDirectory() as folder:
         weights(Path(folder))
         for name in arguments.only:
             task = Task(folder, arguments.completions, arguments.group, arguments.tokens, TURNS[name], arguments.threads)
             processes = measure(task, arguments.steps, arguments.warm)
-            about = processes[0].about
+            about, said = processes[0].about, {int(tokens) for process in processes for tokens in process.of("tokens")}
+            assert said == {task.completions * task.tokens * task.turns}, f"{name}: sides said {said} tokens"
             title = (
                 f"{name}: {task.completions} completions in groups of {task.group}, {task.turns} x {task.tokens} tokens, "
                 f"{about['parameters']:,} parameters, {about['prompt_tokens'] / task.prompts:.0f} tokens of prompt; "

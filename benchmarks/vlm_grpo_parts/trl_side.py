@@ -35,6 +35,7 @@ def processor_of(folder: str) -> Any:
     made.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     made.chat_template = made.tokenizer.chat_template.replace("<|im_end|>\n{% endfor %}", _CALLS)
     made.video_processor, made.image_token, made.video_token = None, "<|image_pad|>", "<|video_pad|>"
+    made.tokenizer.response_template = {"in place of it": "Reader"}  # without one TRL would look for a known template
     made.image_token_id, made.video_token_id = made.tokenizer.convert_tokens_to_ids([made.image_token, made.video_token])
     return made
 
@@ -118,7 +119,14 @@ def prompts(task: Task) -> Dataset:
 
 
 def build(task: Task, asked: Asked) -> Timed:
-    sampled = {"max_new_tokens": task.tokens, "min_new_tokens": task.tokens}  # every turn has as many tokens
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(task.checkpoint)
+    known = model.config
+    sampled = {
+        "max_new_tokens": task.tokens,
+        "min_new_tokens": task.tokens,  # every turn has as many
+        # TRL forbids the first; said in a conversation that goes on, the second ends the run
+        "suppress_tokens": [known.image_token_id, known.video_token_id, known.vision_start_token_id, known.vision_end_token_id],
+    }
     config = GRPOConfig(
         output_dir="unused",
         per_device_train_batch_size=task.completions,
@@ -143,7 +151,6 @@ def build(task: Task, asked: Asked) -> Timed:
         save_strategy="no",
         report_to=[],
     )
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(task.checkpoint)
     tools: Any = [look_closer] if task.turns > 1 else None
     return Timed(
         model=model,
@@ -161,8 +168,7 @@ def main() -> None:
     line = Line()
     asked = Asked(line, task)
     trainer = build(task, asked)
-    if task.turns > 1:
-        trainer_module.parse_response = Reader(task)
+    trainer_module.parse_response = Reader(task)  # type: ignore[assignment]
     line.ready({"parameters": sum(p.numel() for p in trainer.model.parameters())})
     trainer.train()
 

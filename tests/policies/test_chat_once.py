@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,26 @@ def test_what_is_shared_may_go_on_at_any_length(policy: Any) -> None:
         ours = score(policy.network, rows, policy.engine.sampling, CHUNK)
     assert sum(passes) < 0.9 * sum(len(piece) for row in rows for piece in row)
     same(ours, one_by_one(policy, rows), policy)
+
+
+def test_gradients_through_what_is_shared_are_exact_where_nothing_rounds(policy: Any) -> None:
+    """transformers' norms compute in float32; in float64, and without pictures, which it turns in float32, no doubt is left."""
+    for module in policy.model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_exact_norm, module)
+    asked = [policy.ears.listen(tiny_chat.opening(group, 0))[0] for group in (0, 1)]
+    rows = [(*asked[group], Said(torch.arange(9 + group, 14 + row + group))) for group in (0, 1) for row in range(3)]
+    with counted(policy.network) as passes:
+        ours = score(policy.network, rows, policy.engine.sampling, CHUNK)
+    assert sum(passes) < sum(len(piece) for row in rows for piece in row)
+    found, wanted = gradients(policy, loss(ours)), gradients(policy, loss(one_by_one(policy, rows)))
+    assert max(float(g.abs().max()) for g in wanted.values()) > 1
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-11, atol=1e-11, msg=name)
+
+
+def _exact_norm(module: Any, hidden: Tensor) -> Tensor:
+    return module.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + module.variance_epsilon)
 
 
 def test_conversations_that_have_nothing_in_common_share_nothing(policy: Any) -> None:

@@ -246,12 +246,12 @@ def gradients(policy: Any, loss: Tensor) -> dict[str, Tensor]:
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Equal but for rounding (transformers turns patches in float32); no gradient is one of zero."""
+    """Equal but for rounding (transformers' norms are in float32, and so is what turns patches); no gradient is one of zero."""
     assert max(float(g.abs().max()) for g in theirs.values()) > 1e-3, "a gradient of zero would pass"
     for name in ours.keys() | theirs.keys():
         zero = torch.zeros(())
         a, b = ours.get(name, zero), theirs.get(name, zero)
-        assert float((a - b).abs().max()) < 1e-7 * (1 + float(b.abs().max())), name
+        assert float((a - b).abs().max()) < 1e-6 * (1 + float(b.abs().max())), name
 
 
 def test_micro_batches_add_up_to_the_whole_gradient(make: Callable[..., Any]) -> None:
