@@ -160,8 +160,12 @@ class Keeper:
             if self._legible is not None and ids:
                 trained_K = rollout.mask_TBK[t, slot, : len(ids)].tolist()
                 log_probs_K = rollout.log_probs_TBK[t, slot, : len(ids)].tolist()
-                told = zip(self._legible.token_texts(ids), log_probs_K, trained_K, strict=True)
-                about["tokens"] = [[text, _known(score), worth if trained else None] for text, score, trained in told]
+                units_TBK = advantages.units_TBK
+                worth_K = [worth] * len(ids) if units_TBK is None else units_TBK[t, slot, : len(ids)].tolist()
+                told = zip(self._legible.token_texts(ids), log_probs_K, worth_K, trained_K, strict=True)
+                about["tokens"] = [
+                    [text, _known(score), _known(value) if kept and trained else None] for text, score, value, trained in told
+                ]
             learned.append(about)
         return learned
 

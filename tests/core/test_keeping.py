@@ -246,6 +246,20 @@ def test_when_conversations_are_kept(tmp_path: Path, iterations: int, every: int
     assert [record["iteration"] - 1 for record in read(tmp_path)] == due
 
 
+def test_where_tokens_of_a_message_differ_each_has_its_own_worth(tmp_path: Path) -> None:
+    policy: Any = Chooser(Chooser.Config(), device=CPU)
+    rollout = rollout_of(policy)
+    units_TBK = torch.arange(rollout.mask_TBK.numel()).reshape(rollout.mask_TBK.shape) / 8 + 1.0
+    nothing_TB = torch.zeros_like(rollout.rewards_TB)
+    records = keep(policy, rollout, Advantages(nothing_TB, nothing_TB, rollout.valid_TB, {}, units_TBK), tmp_path)
+    assert rollout.episodes.spans_M3 is not None
+    for m, record in zip(chosen(rollout.episodes, 9), records, strict=True):
+        slot, first, _ = rollout.episodes.spans_M3[m].tolist()
+        for t, message in enumerate((message for message in record["messages"] if "calls" in message), first):
+            count = len(message["tokens"])
+            assert [each for _, _, each in message["tokens"]] == [*units_TBK[t, slot, : count - 1].tolist(), None]
+
+
 def test_a_policy_that_nobody_can_read_has_no_tokens(tmp_path: Path) -> None:
     policy: Any = Mumbler(Mumbler.Config(), device=CPU)
     rollout = rollout_of(policy)

@@ -18,8 +18,8 @@ KEEPING: tuple[Row, ...] = (
     (
         "keeping: tokens that are masked seem to carry loss",
         "mmrl/keeping.py",
-        "worth if trained else None]",
-        "worth]",
+        "if kept and trained else None]",
+        "if kept else None]",
         f"{_KEPT}::test_tokens_have_the_numbers_of_the_rollout",
     ),
     (
