@@ -129,7 +129,7 @@ def test_what_is_always_logged(kind: str, runs: dict[str, Path]) -> None:
         assert [name for name in (*ALWAYS, *ALSO[kind]) if name not in row] == []
         assert not any(row[name] != row[name] for name in ALWAYS)
         assert row["speed/env_steps_per_s"] == pytest.approx(row["rollout/env_steps"] / row["seconds/collect"])
-        seconds = sum(row[f"seconds/{phase}"] for phase in ("collect", "score", "update"))
+        seconds = sum(row[f"seconds/{phase}"] for phase in ("collect", "reward", "score", "update"))
         assert row["speed/decisions_per_s"] == pytest.approx(row["rollout/decisions"] / seconds)
     warm = [row for row in tiny_run.metrics.read(runs[kind]) if row["kind"] == "train" and row["stage"] == "warm_start"]
     for row in warm:
