@@ -27,10 +27,11 @@ class Floor:
     def __init__(self, task: Task) -> None:
         self.task = task
         policy = QwenVL(QwenVL.Config(checkpoint=task.checkpoint), device=torch.device("cpu"))
-        self.model, listen = policy.model, policy.ears.listen
-        self.asked = listen((Message("user", question(0)),))[0][0]
+        listen: Any = policy.ears.listen
+        self.model = policy.model
+        self.asked: Heard = listen((Message("user", question(0)),))[0][0]
         said = Message("assistant", ("yes",), token_ids=(policy.ears.end,))
-        self.shown = listen((Message("user", question(0)), said, Message("tool", (closer(0, 1),))))[0][2]
+        self.shown: Heard = listen((Message("user", question(0)), said, Message("tool", (closer(0, 1),))))[0][2]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=task.lr, weight_decay=0.0, fused=True)
 
     def step(self) -> Costs:

@@ -71,7 +71,7 @@ def closer(task_id: int, turn: int) -> Picture:
     picture = question(task_id)[0]
     dice = random.Random(f"{task_id % DISTINCT} {turn}")
     left, top = (dice.randrange(side - _CROP) for side in picture.image.size)
-    return crop(1, [left, top, left + _CROP, top + _CROP], ToolContext((picture,)))
+    return crop(1, (left, top, left + _CROP, top + _CROP), ToolContext((picture,)))
 
 
 def reward(text: str) -> float:

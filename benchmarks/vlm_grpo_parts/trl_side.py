@@ -17,7 +17,8 @@ from transformers import (
     Qwen2_5_VLProcessor,
     TrainerCallback,
 )
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 from vlm_grpo_parts.task import DISTINCT, Costs, Line, Stopwatch, Task, begin, closer, question, reward
 
 STEPS = 10_000  # more than are asked for
@@ -50,7 +51,7 @@ def look_closer(task: int, turn: int) -> list[dict[str, Any]]:
     return [{"type": "image", "image": closer(task, turn).image}]
 
 
-def vowels(completions: list[list[dict[str, Any]]], **_: Any) -> list[float]:
+def vowels(completions: list[list[dict[str, Any]]], **_: Any) -> list[float | None]:
     said = [[message for message in talk if message["role"] == "assistant"] for talk in completions]
     return [reward("".join(str(message["content"]) for message in talk)) for talk in said]
 
@@ -167,7 +168,7 @@ def main() -> None:
     task = begin()
     line = Line()
     asked = Asked(line, task)
-    trainer = build(task, asked)
+    trainer: Any = build(task, asked)
     trainer_module.parse_response = Reader(task)  # type: ignore[assignment]
     line.ready({"parameters": sum(p.numel() for p in trainer.model.parameters())})
     trainer.train()

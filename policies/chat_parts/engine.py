@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache
 
 from mmrl.messages import Message
 from mmrl.numerics.draws import Draws
@@ -254,7 +253,7 @@ class LocalEngine:
 class _Batch:
     """Rows that speak: cache, mask [B, L] and the position of each row's next token."""
 
-    cache: Cache
+    cache: Any
     mask_BL: Tensor
     next_B: Tensor
 

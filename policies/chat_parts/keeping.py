@@ -41,7 +41,7 @@ class _Growing(DynamicLayer):
         return states.new_empty(*states.shape[:-2], needed + max(BLOCK, used // 4), states.shape[-1])
 
 
-def growing(layers: Sequence[tuple[Tensor, Tensor]] = ()) -> Cache:
+def growing(layers: Sequence[tuple[Tensor, Tensor]] = ()) -> Any:
     """A cache that begins with keys and values of every layer, or with nothing."""
     if not layers:
         return Cache(layer_class_to_replicate=_Growing)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ def _read_once(network: Network, rows: Sequence[Sequence[Piece]]) -> tuple[Tenso
     places = {piece: place for place, piece in enumerate(firsts)}
     which = [places[row[0]] for row in rows]
     heads = lay_out([[piece] for piece in firsts], [0] * len(firsts), network.axes, network.pad, network.device)
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     heads_ULW = network.hidden(heads, cache=cache)
     which_N = torch.tensor(which, device=network.device)
     spread = DynamicCache([(layer.keys[which_N], layer.values[which_N]) for layer in cache.layers])  # type: ignore[arg-type]

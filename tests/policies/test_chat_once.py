@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,7 @@ def gradients(policy: Any, value: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
-def one_by_one(policy: Any, rows: list[tuple[Piece, ...]]) -> Scores:
+def one_by_one(policy: Any, rows: Sequence[tuple[Piece, ...]]) -> Scores:
     parts = [score(policy.network, [row], policy.engine.sampling, CHUNK) for row in rows]
     return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in ("log_probs_M", "entropy_M", "turns")))
 
