@@ -142,8 +142,10 @@ class OrientationQuestions:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        backgrounds = {kind: "photograph" if kind == "photograph" else config.background for kind in config.kinds}
-        self._paint = {kind: painter(what, config.split, kind == "photograph") for kind, what in backgrounds.items()}
+        self._paint = {
+            kind: painter("photograph" if kind == "photograph" else config.background, config.split, kind == "photograph")
+            for kind in config.kinds
+        }
 
     def question(self, task_id: int) -> Question:
         return orientation(self.config, self._paint, generator_of(self.config, task_id))

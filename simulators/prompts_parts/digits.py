@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,7 +25,7 @@ class Digits:
     """Pictures by class: ``shots`` of each for training, drawn by ``seed`` from three quarters of them; the rest is held out."""
 
     def __init__(self, size: int, split: Split, shots: int, seed: int) -> None:
-        bunch = load_digits()
+        bunch: Any = load_digits()
         self.examples: dict[str, list[Image.Image]] = {}
         for digit, name in enumerate(DIGITS):
             rows = np.flatnonzero(bunch.target == digit)

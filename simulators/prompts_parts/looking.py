@@ -75,7 +75,10 @@ def detail(config: Any, paint: Callable[[random.Random, int], Image.Image], gene
     if operation is not None:
         mark_top(image)
     areas = [cell(place, config.grid, config.size) for place in cells]
-    boxes = [_put(generator, image, config, kind, *item, spot) for *item, spot in zip(values, areas, spots or areas, strict=True)]
+    boxes = [
+        _put(generator, image, config, kind, value, area, spot)
+        for value, area, spot in zip(values, areas, spots or [None] * len(areas), strict=True)
+    ]
     area = _around(boxes[0], image.size) if config.where == "box" else areas[0]
     wanted = {
         "words": lambda: f"at the {PLACES[config.grid][cells[0]]}",
@@ -102,12 +105,12 @@ def detail(config: Any, paint: Callable[[random.Random, int], Image.Image], gene
     )
 
 
-def _put(generator: random.Random, image: Image.Image, config: Any, kind: str, value: str, area: Box, spot: Any) -> Box:
+def _put(generator: random.Random, image: Image.Image, config: Any, kind: str, value: str, area: Box, spot: str | None) -> Box:
     """Paste a sign anywhere in ``area``, beside a spot of the colour named ``spot`` if there is one; where it lies."""
     height = generator.randint(*config.sign)
     width = round(height * WIDER.get(kind, 1))
     left, top, right, bottom = area
-    if isinstance(spot, str):  # the sign lies in one half, the spot in the other
+    if spot is not None:  # the sign lies in one half, the spot in the other
         middle, across = (top + bottom) // 2, (right - left) // 4
         sign_below = generator.random() < 0.5
         x = generator.randint(left + across, right - across)

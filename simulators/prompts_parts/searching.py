@@ -65,13 +65,14 @@ def search_turn(question: Question, turns: tuple[Turn, ...], names: tuple[str, s
     titles = _HIT.findall(picture.text)
     if not titles:
         return UNKNOWN, ()
-    name: str | None = titles[0]
+    name: str = titles[0]
     for relation in question.details["path"]:
         if name not in pages:
             return _SEARCH.format(name=name), (ToolCall(names[1], {"query": name}),)
-        name = RELATIONS[relation].read(_passage(pages[name], name))
-        if name is None:
+        value = RELATIONS[relation].read(_passage(pages[name], name))
+        if value is None:
             return UNKNOWN, ()
+        name = value
     return name, ()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -20,7 +20,7 @@ _DIRECT = " Answer at once."
 _GRID = 4  # fields a side in a picture of things to count
 
 
-def classification(config: Any, images: dict[str, Sequence[Image.Image]], generator: random.Random) -> Question:
+def classification(config: Any, images: Mapping[str, Sequence[Image.Image]], generator: random.Random) -> Question:
     """A question of ``simulators.prompts:ClassificationQuestions``. images: of the split, by class."""
     name = generator.choice(list(images))
     image = generator.choice(images[name])
