@@ -333,8 +333,11 @@ def test_the_alarm_is_raised_once_also_in_a_resumed_run(path: Path, tmp_path: Pa
     unbroken = Noting()
     run = train(config.load(path, overrides), tmp_path / "run", unbroken)
     assert len(unbroken.notes) == 1 and "the policy stops using its tools" in unbroken.notes[0]
-    for saved in sorted((run / "checkpoints").iterdir())[-2:]:
-        shutil.rmtree(saved)
-    again = Noting()
-    resume(run, again)
-    assert again.notes == []
+    for kept, notes in ((5, []), (2, unbroken.notes)):  # from iteration 20, after the alarm, and from 5, before it
+        broken = tmp_path / f"from_{kept}"
+        shutil.copytree(run, broken)
+        for saved in sorted((broken / "checkpoints").iterdir())[kept:]:
+            shutil.rmtree(saved)
+        again = Noting()
+        resume(broken, again)
+        assert again.notes == notes
