@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from mmrl.errors import ConfigError, MMRLError
 
-EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+EXIT_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
 _FOLDER = "choose another with output=FOLDER"
 # What the operating system may refuse while a run is written, and what to do about it.
 _REFUSALS = {
@@ -148,6 +148,13 @@ def doctor() -> None:
     """Say what works on this machine, and the command that mends what does not."""
     for line in _commands().diagnose():
         typer.echo(line)
+
+
+@app.command("check-policy")
+def check_policy(config: Config, overrides: Overrides = None) -> None:
+    """Try what the policy of CONFIG promises on its own weights, and print what was measured; exit code 1 if something fails."""
+    if not _commands().check_policy(config, overrides or []):
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command("show-config")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mmrl import collecting, doctor, measuring, normalisation, playback, progress, report, trainer
+from mmrl import collecting, conformance, doctor, measuring, normalisation, playback, progress, report, trainer
 from mmrl import config as configuration
 from mmrl.describe import describe
 from mmrl.errors import ConfigError
@@ -80,6 +80,11 @@ def build_report(folder: Path) -> Path:
 
 def show_config(config: Path, overrides: Sequence[str]) -> str:
     return describe(configuration.load(config, overrides))
+
+
+def check_policy(config: Path, overrides: Sequence[str]) -> bool:
+    """Try a policy's promises and print a table; whether all of them hold."""
+    return conformance.check(conformance.load(config, overrides), str(config))
 
 
 def diagnose() -> Iterator[str]:

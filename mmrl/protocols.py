@@ -6,7 +6,7 @@ Adding a policy, simulator, tool, reward or algorithm means one new file with a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +206,22 @@ class SupervisedPolicy(Fitted, Protocol):
     def supervised_loss(self, examples: Any, generator: torch.Generator) -> Loss:
         """The mean over what ``supervised_weight`` counts, so that micro-batches are weighted by it."""
         ...
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that was tried on a policy: its name, whether it holds, and what was measured, in words."""
+
+    name: str
+    ok: bool
+    measured: str
+
+
+@runtime_checkable
+class SelfCheckingPolicy(Protocol):
+    """It can try what its kind of policy may get wrong and the contract does not show; ``mmrl check-policy`` prints it."""
+
+    def checks(self) -> Iterator[Check]: ...
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic.dataclasses import dataclass
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mmrl.errors import MMRLError
 from policies.chat_parts.network import Network
@@ -66,13 +66,18 @@ class LanguageModel(ChatPolicy):
             what="language model",
             **self._file(),
         )
+        if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+            quantizer.remove_quantization_config(model)  # the weights are plain, and are saved so
+            model._weight_conversions = None
         kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
         if kinds:
             raise MMRLError(f"policy.checkpoint = {config.checkpoint}: has layers of {', '.join(sorted(kinds))}; use a model without")
         return model
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.config.checkpoint, **self._file())
+        file = self._file()
+        # AutoTokenizer would first read the whole file twice, to learn which class this is.
+        return load_tokenizer(self.config.checkpoint, loader=PreTrainedTokenizerFast if file else AutoTokenizer, **file)
 
     def _file(self) -> dict[str, Any]:
         """What tells transformers of the GGUF file, where there is one."""

@@ -26,7 +26,9 @@ from mmrl.columns import Column
 from mmrl.errors import MMRLError
 from mmrl.messages import Message
 from mmrl.numerics.draws import Draws
+from mmrl.protocols import Check
 from mmrl.types import Decision, Evaluation, Loss, Observation, Packing, Rollout, Talks, Trace
+from policies.chat_parts.checks import checks
 from policies.chat_parts.ears import Ears, SpanWeight
 from policies.chat_parts.engine import Generated, LocalEngine, Request, Sampling
 from policies.chat_parts.network import Network
@@ -283,7 +285,7 @@ class ChatPolicy(nn.Module, ABC):
         if requests:
             with self.compute_mode(train=False):
                 made = self.engine.generate(requests, draws.select(index) if explore else None)
-                spoken = self._messages(made)
+                spoken = self.messages(made)
                 self.engine.keep(spoken)
                 if values_B is not None and self.critic is not None:
                     values_B[index] = self.critic(made.hidden_BW).to(values_B.dtype)
@@ -296,7 +298,8 @@ class ChatPolicy(nn.Module, ABC):
         trace: Trace = {"heard": Column.of((pieces[-1] for pieces, _ in heard), device), "said": said_BK, "count": count_B}
         return Decision(Column.of(messages), trace if explore else {}, log_probs_BK, mask_BK, values_B, self.version)
 
-    def _messages(self, made: Generated) -> list[Message]:
+    def messages(self, made: Generated) -> list[Message]:
+        """What was generated, as messages."""
         ids_B = [row[:count] for row, count in zip(made.ids_BK.tolist(), made.count_B.tolist(), strict=True)]
         return [
             Message(
@@ -387,6 +390,9 @@ class ChatPolicy(nn.Module, ABC):
         if not kept:
             raise MMRLError(f"policy.max_tokens = {self.config.max_tokens}, but a conversation begins with more; raise it")
         return tuple(kept)
+
+    def checks(self) -> Iterator[Check]:
+        return checks(self)
 
     def example_observation(self, batch_size: int) -> Observation:
         """Conversations of one message."""

@@ -18,10 +18,12 @@ STATISTICS_FILE = "statistics.json"
 HEADS_FILE = "heads.safetensors"
 
 
-def load_tokenizer(place: str, *, key: str = "checkpoint", remedy: str = "", **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id that the policy's field ``key`` names; ``options`` are transformers'."""
+def load_tokenizer(
+    place: str, *, key: str = "checkpoint", remedy: str = "", loader: Any = AutoTokenizer, **options: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id that the policy's field ``key`` names; ``options`` are those of transformers' loader."""
     try:
-        return AutoTokenizer.from_pretrained(place, **options)
+        return loader.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
         reason = f"no tokenizer could be loaded from there ({first_line(error)})"
         raise MMRLError(f"policy.{key} = {place}: {reason}{remedy}") from error
