@@ -31,6 +31,7 @@ def make_batch(rollout: Rollout, advantages: Advantages, policy: LikelihoodPolic
         old_values_NJ=of_decisions(rollout.values_TB),
         reference_log_probs_NK=of_units(rollout.reference_log_probs_TBK),
         unit_advantages_NK=of_units(advantages.units_TBK),
+        engine_log_probs_NK=of_units(rollout.engine_log_probs_TBK),
     )
     keep_N = kept_NJ.any(1)
     return batch if bool(keep_N.all()) else batch.select(keep_N)

@@ -162,6 +162,13 @@ class LikelihoodPolicy(Policy, Protocol):
 
 
 @runtime_checkable
+class EnginePolicy(Protocol):
+    """Another program may decide for it, with the same weights and slightly other arithmetic."""
+
+    rescores: bool  # whether ``act`` gives that program's log-probabilities, so that ``evaluate`` is asked for the policy's own
+
+
+@runtime_checkable
 class ValuePolicy(Protocol):
     """It has a critic."""
 

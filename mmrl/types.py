@@ -122,6 +122,7 @@ class Rollout:
     task_ids_TB: which task each decision belongs to. episodes: finished episodes, one row each (see EpisodeRecord).
     anchor_TB: a key of the state that each decision was made in (see Observation.anchors_B), None without.
     reference_log_probs_TBK: of the policy the stage started from, 0 where nobody reads it; None without.
+    engine_log_probs_TBK: of the engine that drew the units, where it is not the policy that scores them; None: it is.
     """
 
     trace: Trace
@@ -139,6 +140,7 @@ class Rollout:
     lost: int = 0
     anchor_TB: Tensor | None = None
     reference_log_probs_TBK: Tensor | None = None
+    engine_log_probs_TBK: Tensor | None = None
 
     def __post_init__(self) -> None:
         t, b = self.rewards_TB.shape
@@ -146,8 +148,9 @@ class Rollout:
         expect("Rollout", "mask_TBK", self.mask_TBK, *self.log_probs_TBK.shape)
         if self.anchor_TB is not None:
             expect("Rollout", "anchor_TB", self.anchor_TB, t, b)
-        if self.reference_log_probs_TBK is not None:
-            expect("Rollout", "reference_log_probs_TBK", self.reference_log_probs_TBK, *self.log_probs_TBK.shape)
+        for name in ("reference_log_probs_TBK", "engine_log_probs_TBK"):
+            if getattr(self, name) is not None:
+                expect("Rollout", name, getattr(self, name), *self.log_probs_TBK.shape)
         for name in ("values_TB", "next_values_TB", "valid_TB", "terminated_TB", "truncated_TB", "task_ids_TB"):
             expect("Rollout", name, getattr(self, name), t, b)
         for name, value in self.trace.items():
@@ -271,7 +274,8 @@ class Batch:
 
     A sample has J decisions (1, or those of a conversation) of K / J units each: unit k belongs to decision k // (K / J). So what
     is known of decisions reaches their units by ``per_unit``. mask_NK is False at units that are not trained, those of decisions
-    that are not there among them. old_values_NJ and returns_NJ are zero where the policy has no critic.
+    that are not there among them. old_values_NJ and returns_NJ are zero where the policy has no critic. engine_log_probs_NK: as in
+    a Rollout.
 
     Worked example: N = 1 conversation of J = 2 turns, of at most 3 tokens each, the second of them cut after 2 tokens, gives
     mask_NK [[1, 1, 1, 1, 1, 0]] and with advantages_NJ [[0.5, -1.]] per unit [[0.5, 0.5, 0.5, -1., -1., -1.]].
@@ -285,6 +289,7 @@ class Batch:
     old_values_NJ: Tensor
     reference_log_probs_NK: Tensor | None = None
     unit_advantages_NK: Tensor | None = None
+    engine_log_probs_NK: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, k = self.old_log_probs_NK.shape
@@ -295,7 +300,7 @@ class Batch:
             raise ShapeError(f"Batch has {k} units a sample, which its {j} decisions cannot share equally")
         for name in ("returns_NJ", "old_values_NJ"):
             expect("Batch", name, getattr(self, name), n, j)
-        for name in ("reference_log_probs_NK", "unit_advantages_NK"):
+        for name in ("reference_log_probs_NK", "unit_advantages_NK", "engine_log_probs_NK"):
             if getattr(self, name) is not None:
                 expect("Batch", name, getattr(self, name), n, k)
         for name, value in self.trace.items():

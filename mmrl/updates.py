@@ -19,6 +19,7 @@ from mmrl.numerics import masked
 from mmrl.optim import Optimization
 from mmrl.protocols import (
     Advantages,
+    EnginePolicy,
     ExampleSource,
     LikelihoodPolicy,
     LossContext,
@@ -30,7 +31,7 @@ from mmrl.types import Batch, Examples, Loss, Rollout, Talks, gather
 
 Merge = Callable[[Iterable[float]], float]
 # How a metric is merged; the mean for every other. The micro-batches' losses are shares of their mini-batch's.
-_EXTREMES: dict[str, Merge] = {"ratio_min": min, "ratio_max": max, "log_prob_gap_max": max}
+_EXTREMES: dict[str, Merge] = {"ratio_min": min, "ratio_max": max, "log_prob_gap_max": max, "engine_gap_max": max}
 _SHARES = ("loss", "policy_loss", "value_loss", "entropy", "kl_reference")
 _OVER_MICRO_BATCHES: dict[str, Merge] = {**_EXTREMES, **dict.fromkeys(_SHARES, sum)}
 _DECISION_MEANS = ("value_clip_fraction",)  # means over decisions; the others are means over units
@@ -117,24 +118,34 @@ class RolloutUpdate:
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout) -> tuple[Batch, Advantages]:
-        """Advantages and the batch. A reference comes first: an algorithm may count the distance from it among the rewards."""
+        """Advantages and the batch. A reference comes first: an algorithm may count the distance from it among the rewards.
+
+        Where an engine drew that is not the policy, the policy's own log-probabilities take the place of the engine's.
+        """
+        read_TB = self._read(rollout)
+        if isinstance(self.policy, EnginePolicy) and self.policy.rescores:
+            own_TBK = self._score(rollout, self.policy, read_TB)
+            rollout = replace(rollout, log_probs_TBK=own_TBK, engine_log_probs_TBK=rollout.log_probs_TBK)
         if self.reference is not None:
-            rollout = replace(rollout, reference_log_probs_TBK=self._refer(rollout, self.reference))
+            rollout = replace(rollout, reference_log_probs_TBK=self._score(rollout, self.reference, read_TB))
         advantages = self.algorithm.advantages(rollout)
         return make_batch(rollout, advantages, self.policy), advantages
 
-    def _refer(self, rollout: Rollout, reference: LikelihoodPolicy) -> Tensor:
-        """The reference's log-probabilities [T, B, K], 0 where the algorithm does not read them."""
-        read_TB = rollout.valid_TB
+    def _read(self, rollout: Rollout) -> Tensor:
+        """The decisions [T, B] whose log-probabilities the algorithm reads."""
         if isinstance(self.algorithm, SelectiveAlgorithm) and not self.algorithm.judges_by_reference:
-            read_TB = read_TB & self.algorithm.taught(rollout)
+            return rollout.valid_TB & self.algorithm.taught(rollout)
+        return rollout.valid_TB
+
+    def _score(self, rollout: Rollout, policy: LikelihoodPolicy, read_TB: Tensor) -> Tensor:
+        """The log-probabilities [T, B, K] of ``policy``, 0 in samples that nobody reads."""
         packing, (t, b, k) = self.policy.pack(rollout), rollout.log_probs_TBK.shape
         rows_N = gather(read_TB, packing.index_NJ).any(1).nonzero()[:, 0]
         scores_MK = rollout.log_probs_TBK.new_zeros(t * b, k)
-        with reference.compute_mode(train=False):
+        with policy.compute_mode(train=False):
             for piece in micro_batches(len(rows_N), self.micro_batch):
                 rows = rows_N[piece]
-                scored = reference.evaluate({name: values[rows] for name, values in packing.trace.items()})
+                scored = policy.evaluate({name: values[rows] for name, values in packing.trace.items()})
                 places_NJ = packing.index_NJ[rows]
                 there_NJ = places_NJ >= 0
                 units_NJK = scored.log_probs_NK.unflatten(1, (-1, k))

@@ -13,9 +13,11 @@ papers they come from:
     GSPO        ratio: sequence, reduce: sample_mean (arXiv 2507.18071): one ratio for all units of all decisions of a sample
     CISPO       objective: cispo, clip_low: 1 (no bound below), clip_high: 4 (arXiv 2506.13585 gives no numbers)
     dual clip   dual_clip (arXiv 1912.09729)
+    TIS         importance: token or sequence (see numerics.losses.importance_weights)
 
 Where the decisions of a sample are worth different amounts, GSPO's one ratio weighs and clips each unit with the advantage of its
-own (GSPO-token). ``kl_in: reward`` takes c_KL KL off the rewards, unit by unit, before anything is made of them, as RLHF does;
+own (GSPO-token). Where another program draws (an engine with the policy's weights), pi_old is the policy's own as well, and what the
+engine's q differs from it is made up for by the factor min(pi_old / q, cap) of the first term. ``kl_in: reward`` takes c_KL KL off the rewards, unit by unit, before anything is made of them, as RLHF does;
 the KL is then that of the rollout's policy, and no gradient runs through it. A KL in the loss is averaged as ``reduce`` says, the
 entropy over units; ``kl_corrected`` is DeepSeek-V3.2's (arXiv 2512.02556; TRL does so unless told otherwise). Departure: an
 average over samples is over those that are trained, where TRL's also counts the rest.
@@ -31,7 +33,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from mmrl.numerics import masked
-from mmrl.numerics.losses import clipped_surrogate, importance_mismatch, kl_estimate, reduce_units
+from mmrl.numerics.losses import clipped_surrogate, importance_mismatch, importance_weights, kl_estimate, reduce_units
 from mmrl.protocols import LossContext
 from mmrl.types import Batch, Evaluation, Loss, Rollout
 
@@ -68,6 +70,11 @@ class PolicyGradientConfig:
     """Whether the KL is a term of the loss, or taken off the rewards."""
     kl_corrected: bool = False
     """Weigh each unit's KL in the loss by its ratio, so that the gradient is the KL's although the rollout's policy drew it."""
+    importance: Literal["none", "token", "sequence"] = "token"
+    """Where an engine draws that is not the policy itself: weigh a unit's loss by its policy / engine probability, by the product of
+    those of its whole sample, or not at all. Of no effect where the policy draws itself."""
+    importance_cap: float = Field(default=2.0, ge=1)
+    """Bound on that weight."""
     max_kl: float | None = Field(default=None, gt=0)
     """Leave out the remaining updates of a rollout once the approximate KL to the rollout policy exceeds this."""
 
@@ -111,6 +118,7 @@ def penalised(rewards_TB: Tensor, penalty_TBK: Tensor | None) -> Tensor:
 def policy_loss(config: PolicyGradientConfig, scored: Evaluation, batch: Batch, context: LossContext) -> Loss:
     """This micro-batch's share of L_policy."""
     mask, normalizer = batch.mask_NK, _NORMALIZERS[config.reduce](config, context)
+    weights, engine_metrics = _importance(config, batch)
     surrogate = clipped_surrogate(
         scored.log_probs_NK,
         batch.old_log_probs_NK,
@@ -123,10 +131,11 @@ def policy_loss(config: PolicyGradientConfig, scored: Evaluation, batch: Batch, 
         ratio=config.ratio,
         reduce=config.reduce,
         normalizer=normalizer,
+        weights_BK=weights,
     )
     entropy = masked.sum(scored.entropy_NK, mask) / context.units
     value = surrogate.value - config.entropy_weight * entropy
-    metrics: dict[str, Tensor | float] = dict(surrogate.metrics)
+    metrics: dict[str, Tensor | float] = {**surrogate.metrics, **engine_metrics}
     metrics |= {"policy_loss": surrogate.value.detach(), "entropy": entropy.detach()}
     if batch.reference_log_probs_NK is not None:
         kl = kl_estimate(scored.log_probs_NK, batch.reference_log_probs_NK, kind=config.kl_kind)
@@ -138,3 +147,18 @@ def policy_loss(config: PolicyGradientConfig, scored: Evaluation, batch: Batch, 
             value = value + config.kl_weight * kl_mean
     mean, largest = importance_mismatch(scored.log_probs_NK, batch.old_log_probs_NK, mask)
     return Loss(value, metrics | {"log_prob_gap": mean, "log_prob_gap_max": largest})
+
+
+def _importance(config: PolicyGradientConfig, batch: Batch) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """What makes up for an engine that drew the units, and how far it is from the policy; nothing where the policy drew them."""
+    engine, mask = batch.engine_log_probs_NK, batch.mask_NK
+    if engine is None:
+        return None, {}
+    weights = importance_weights(batch.old_log_probs_NK, engine, mask, kind=config.importance, cap=config.importance_cap)
+    mean, largest = importance_mismatch(batch.old_log_probs_NK, engine, mask)
+    return weights, {
+        "engine_gap": mean,
+        "engine_gap_max": largest,
+        "engine_weight": masked.mean(weights, mask),
+        "engine_capped": masked.mean((weights == config.importance_cap).to(weights.dtype), mask),
+    }

@@ -40,6 +40,7 @@ def clipped_surrogate(
     ratio: str = "unit",
     reduce: str = "unit_mean",
     normalizer: float | None = None,
+    weights_BK: Tensor | None = None,
 ) -> Loss:
     """A policy-gradient objective with bounded ratios r, to minimise. A clip_low of 1 or more is no bound, for r is positive.
 
@@ -52,7 +53,7 @@ def clipped_surrogate(
     one advantage per sample is GSPO's.
     dual_clip (c > 1, arXiv 1912.09729; ``clip`` alone has it): where A < 0 the loss is at most -c A, so that one unlikely unit
     cannot rule the batch.
-    reduce: see ``reduce_units``.
+    reduce: see ``reduce_units``. weights_BK: what each unit's loss is multiplied by at last; None: 1.
 
     metrics: ratio_min, ratio_max, clip_fraction (``clip``: units where the clipped term decides, so they have no gradient;
     ``cispo``: units whose ratio is bounded), approx_kl (k3 estimate of KL(old || new) from unit ratios), each over the trained
@@ -70,6 +71,8 @@ def clipped_surrogate(
     loss_BK, clipped_BK = measure(ratio_BK, bounded_BK, advantages_BK, masked.fill(log_probs_BK, mask_BK))
     if dual_clip is not None:
         loss_BK = torch.where(advantages_BK < 0, torch.minimum(loss_BK, -dual_clip * advantages_BK), loss_BK)
+    if weights_BK is not None:
+        loss_BK = loss_BK * masked.fill(weights_BK, mask_BK)
     value = reduce_units(loss_BK, mask_BK, reduce=reduce, normalizer=normalizer)
     with torch.no_grad():
         metrics = {
@@ -144,6 +147,26 @@ def importance_mismatch(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) 
     """(mean, max) of |new - old| over the kept units; both 0 at unchanged weights if rollout and training score alike."""
     gap = (log_probs - old_log_probs).detach().abs()
     return masked.mean(gap, mask), masked.fill(gap, mask).max()
+
+
+@torch.no_grad()
+def importance_weights(log_probs_BK: Tensor, engine_log_probs_BK: Tensor, mask_BK: Tensor, *, kind: str, cap: float) -> Tensor:
+    """min(p / q, cap) of units that an engine drew with probability q and that have probability p: truncated importance sampling.
+
+    kind: ``token``, each unit's own quotient; ``sequence``, the product over a sample's kept units, for all of them alike (without
+    bias where the cap does not reach, of more variance); ``none``, 1. From Ionides, "Truncated importance sampling" (2008); Yao
+    et al., "Your efficient RL framework secretly brings you off-policy RL training" (2025), use it between engine and trainer.
+    Units that are not kept have weight 1, or their sample's.
+    """
+    gap_BK = masked.fill(log_probs_BK - engine_log_probs_BK, mask_BK)
+    return _choose(_IMPORTANCE, "kind", kind)(gap_BK).exp().clamp(max=cap)
+
+
+_IMPORTANCE: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": torch.zeros_like,
+    "token": lambda gap_BK: gap_BK,
+    "sequence": lambda gap_BK: gap_BK.sum(1, keepdim=True).expand_as(gap_BK),
+}
 
 
 def value_loss(
