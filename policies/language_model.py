@@ -71,7 +71,9 @@ class LanguageModel(ChatPolicy):
             model._weight_conversions = None
         kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
         if kinds:
-            raise MMRLError(f"policy.checkpoint = {config.checkpoint}: has layers of {', '.join(sorted(kinds))}; use a model without")
+            raise MMRLError(
+                f"policy.checkpoint = {config.checkpoint}: has layers of {', '.join(sorted(kinds))}; use a model without"
+            )
         return model
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -155,12 +155,13 @@ class OrientationQuestions:
 
 
 class SearchQuestions:
-    """What an invented encyclopedia says about the device in a picture; it is written into a folder for the tools to search.
+    """What an invented encyclopedia says about a device, shown or named; it is written into a folder for the tools to search.
 
     The expert calls ``tools.image_search:ImageSearch`` with ``images: FOLDER/corpus.jsonl`` and ``tools.text_search:TextSearch``
     with ``corpus: FOLDER/corpus.jsonl``, and reads what they find. Details: operations (the calls' names), evidence (ids of the
-    pages to be read, and the answer), path (the facts to follow). Held out: every fifth device with its inventor, whose
-    pages are there, but training never asks about them. Raises ConfigError if the folder holds something else.
+    pages to be read, and the answer), path (the facts to follow), name (of a device that is named). Held out: every fifth device
+    with its inventor, whose pages are there, but training never asks about them. Raises ConfigError if the folder holds something
+    else.
     """
 
     @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -169,8 +170,10 @@ class SearchQuestions:
 
         folder: str
         """Where the encyclopedia lies; it is made if the folder is empty or not there."""
+        start: Literal["picture", "name"] = "picture"
+        """How a question says which device it means; by its name, no picture is shown or needs to be searched for."""
         hops: tuple[int, ...] = (1, 2)
-        """Pages that must be read after the search for the picture, uniformly, of 0 (what is it called) to 3."""
+        """Pages that must be read, after the search for the picture if there is one, uniformly, of 0 (what is it called) to 3."""
         entities: int = Field(default=100, ge=5)
         """Devices; each has an inventor of its own."""
         towns: int = Field(default=16, ge=2)
@@ -195,6 +198,8 @@ class SearchQuestions:
             _distinct("hops", self.hops)
             if not all(0 <= hops <= MOST_HOPS for hops in self.hops):
                 raise ValueError(f"hops must be numbers from 0 to {MOST_HOPS}; got {list(self.hops)}")
+            if self.start == "name" and 0 in self.hops:
+                raise ValueError("hops has 0, which asks for a device's name, but start 'name' says it; take 0 out of hops")
             needed, there = 2 * self.entities + self.towns + self.rivers, self.syllables**2 - 10
             if needed > there:
                 raise ValueError(f"syllables {self.syllables} make {there} names, but {needed} are needed; raise syllables")

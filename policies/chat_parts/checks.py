@@ -198,7 +198,10 @@ def _own_forward(policy: Talker, pieces: Sequence[Piece], padding: int) -> Tenso
     if hasattr(base, "rope_deltas"):
         base.rope_deltas = None
     ids_L = torch.cat([torch.full((padding,), network.pad), _ids(pieces)]).to(network.device)
-    inputs = {"input_ids": ids_L[None], "attention_mask": (torch.arange(len(ids_L), device=network.device) >= padding)[None].long()}
+    inputs = {
+        "input_ids": ids_L[None],
+        "attention_mask": (torch.arange(len(ids_L), device=network.device) >= padding)[None].long(),
+    }
     pictures = [seen for piece in pieces if isinstance(piece, Heard) for seen in piece.pictures]
     if pictures:
         inputs["pixel_values"] = torch.cat([seen.patches for seen in pictures]).to(network.device)
@@ -245,13 +248,13 @@ def _kept(name: str, policy: Talker) -> Check:
     made = policy.engine.generate([Request(*policy.ears.listen(talk), LIMIT) for talk in talks], draws)
     said = policy.messages(made)
     policy.engine.keep(said)
-    requests = [
-        Request(*policy.ears.listen((*talk, said[row], _answer(policy, row, 0))), 1) for row, talk in enumerate(talks)
-    ]
+    requests = [Request(*policy.ears.listen((*talk, said[row], _answer(policy, row, 0))), 1) for row, talk in enumerate(talks)]
     found = []
     for _ in range(2):
         hidden_BW = policy.engine.generate(requests, None).hidden_BW
-        logits = head_logits(hidden_BW, policy.network.head.weight, temperature=policy.engine.sampling.temperature, forbidden=None)
+        logits = head_logits(
+            hidden_BW, policy.network.head.weight, temperature=policy.engine.sampling.temperature, forbidden=None
+        )
         found.append(logits.log_softmax(-1))
         policy.engine.forget()
     return _close(name, policy, found[0], found[1], "keys and values kept from the last turn, and fresh ones")

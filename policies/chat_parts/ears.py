@@ -80,7 +80,7 @@ class Ears:
         """The token with which the template ends a message of the model."""
         text = self.template.reply([Message("user", ("Well",))])
         first: list[int] = self._ids(text)[:1]
-        if not first or first[0] not in {*self.tokenizer.all_special_ids, self.tokenizer.eos_token_id}:
+        if not first or first[0] not in [*self.tokenizer.all_special_ids, self.tokenizer.eos_token_id]:
             raise MMRLError(f"policy.checkpoint = {where}: its chat template does not end a turn with a special token")
         return first[0]
 
@@ -169,7 +169,7 @@ class Ears:
         return list(ids), list(pairwise(reach))
 
     def text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _words(self, count: int) -> Tensor:
         return torch.arange(count).expand(self.network.axes, -1)

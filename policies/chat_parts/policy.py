@@ -175,7 +175,8 @@ class ChatPolicy(nn.Module, ABC):
         rows = self.model.get_output_embeddings().weight.shape[0]
         forbidden = sorted({token for token in self._unsayable() if token < rows} | set(range(len(self._tokenizer), rows)))
         generation: Any = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = {self.ears.end, self._tokenizer.eos_token_id, *(generation if isinstance(generation, list) else [generation])}
+        ends: set[Any] = {self.ears.end, *(generation if isinstance(generation, list) else [generation])}
+        ends.add(self._tokenizer.eos_token_id)
         return Sampling(
             temperature,
             torch.tensor(forbidden, device=self.device) if forbidden else None,

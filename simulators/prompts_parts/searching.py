@@ -1,4 +1,4 @@
-"""Questions that start from a picture of the encyclopedia, and how an expert answers them with its searches."""
+"""Questions that start from a device of the encyclopedia, and how an expert answers them with its searches."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mmrl.transcripts import Question, Turn
 from simulators.prompts_parts.common import Said, Split
 from simulators.prompts_parts.encyclopedia import RELATIONS, World
 
-# Path from the pictured device -> the question. The number of relations is that of pages to read.
+# Path from the device -> the question. The number of relations is that of pages to read.
 ASKED: dict[tuple[str, ...], str] = {
-    (): "What is the name of this device?",
-    ("inventor",): "Who invented this device?",
-    ("town",): "In which town was this device invented?",
-    ("year",): "In which year was this device invented?",
-    ("colour",): "Which colour is the case of this device?",
-    ("inventor", "home"): "In which town was the inventor of this device born?",
-    ("town", "river"): "On which river is the town where this device was invented?",
-    ("inventor", "home", "river"): "On which river is the town where the inventor of this device was born?",
+    (): "What is the name of {device}?",
+    ("inventor",): "Who invented {device}?",
+    ("town",): "In which town was {device} invented?",
+    ("year",): "In which year was {device} invented?",
+    ("colour",): "Which colour is the case of {device}?",
+    ("inventor", "home"): "In which town was the inventor of {device} born?",
+    ("town", "river"): "On which river is the town where {device} was invented?",
+    ("inventor", "home", "river"): "On which river is the town where the inventor of {device} was born?",
 }
 MOST_HOPS = max(map(len, ASKED))
 UNKNOWN = "unknown"
@@ -40,32 +40,44 @@ def search_question(config: Any, world: World, generator: random.Random) -> Ques
     path = generator.choice([path for path in ASKED if len(path) == hops])
     device = generator.choice(asked_about(world, config.split))
     answer, pages = world.follow(device, path)
-    picture = world.picture(device, config.picture_size, generator)
     evidence = (*pages, answer)  # the search for the picture alone brings up the device's id, but not what its page says
-    operations = (config.image_search, *(config.text_search for _ in path))
-    return Question(
-        f"search_{hops}",
-        (Picture(picture), ASKED[path]),
-        (answer,),
-        Normalised((answer,)),
-        {"operations": operations, "evidence": evidence, "path": path},
-    )
+    searches = tuple(config.text_search for _ in path)
+    details: dict[str, Any] = {"operations": searches, "evidence": evidence, "path": path}
+    if config.start == "name":
+        parts: tuple[str | Picture, ...] = (ASKED[path].format(device=f"the device {device}"),)
+        details["name"] = device
+    else:
+        picture = Picture(world.picture(device, config.picture_size, generator))
+        parts = (picture, ASKED[path].format(device="this device"))
+        details["operations"] = (config.image_search, *searches)
+    return Question(f"search_{hops}", parts, (answer,), Normalised((answer,)), details)
 
 
 def search_turn(question: Question, turns: tuple[Turn, ...], names: tuple[str, str]) -> Said:
-    """What an expert says: it searches for the picture, then for one page after the other, and reads each result.
+    """What an expert says: it searches for the picture if there is one, then for one page after the other, and reads each result.
 
     names: of the search for pictures and of that for texts. It reads what the tools have said and nothing else; where they have
     not found the page, it answers UNKNOWN.
     """
     found = [call for turn in turns for call in turn.calls if call.error is None and call.name in names]
     picture, pages = (next((call.result for call in found if call.name == names[0]), None)), _pages(found, names[1])
+<<<<<<< HEAD
     if picture is None:
         return _LOOK, (ToolCall(names[0], {"image": 1}),)
     titles = _HIT.findall(picture.text)
     if not titles:
         return UNKNOWN, ()
     name: str = titles[0]
+=======
+    name: str | None = question.details.get("name")
+    if name is None:
+        if picture is None:
+            return _LOOK, (ToolCall(names[0], {"image": 1}),)
+        titles = _HIT.findall(picture.text)
+        if not titles:
+            return UNKNOWN, ()
+        name = titles[0]
+>>>>>>> wip-full
     for relation in question.details["path"]:
         if name not in pages:
             return _SEARCH.format(name=name), (ToolCall(names[1], {"query": name}),)

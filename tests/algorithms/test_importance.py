@@ -118,7 +118,11 @@ def test_a_policy_that_draws_itself_logs_no_engine(case: Callable[..., Any]) -> 
 
 def test_weights_bring_an_engine_s_mean_to_the_policy_s() -> None:
     """E_q[min(p / q, cap) f] is E_p[f] but for what the cap takes away."""
-    p, q, f = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.4, 0.4]).double(), torch.tensor([1.0, -2.0, 4.0]).double()
+    p, q, f = (
+        torch.tensor([0.5, 0.3, 0.2]).double(),
+        torch.tensor([0.2, 0.4, 0.4]).double(),
+        torch.tensor([1.0, -2.0, 4.0]).double(),
+    )
     ones = torch.ones(3, 1, dtype=torch.bool)
     free, capped = (
         importance_weights(p.log()[:, None], q.log()[:, None], ones, kind="token", cap=cap)[:, 0] for cap in (9.0, 1.5)

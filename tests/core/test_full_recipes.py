@@ -1,4 +1,4 @@
-"""The recipes of full size, with everything large replaced: a tiny checkpoint, the tabletop, few environments, two iterations."""
+"""The full-size recipes of robots, with everything large replaced: a tiny checkpoint, the tabletop, few environments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from mmrl.progress import Quiet
 from mmrl.registry import ROOT
 from mmrl.trainer import train
 
-RECIPES = sorted((ROOT / "configs/full").glob("*.yaml"))
+FOLDER = ROOT / "configs/full"
+RECIPES = sorted({*FOLDER.glob("*.yaml")} - {*FOLDER.glob("qwen*.yaml")})  # those are agents': test_full_agents.py
 EXPERT = "{target: mmrl.data.demonstrations:ScriptedDemonstrations, episodes: 4, only_successes: false}"
 SMALL = (
     "tensorboard=false",

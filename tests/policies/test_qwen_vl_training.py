@@ -181,7 +181,9 @@ def test_conversations_longer_than_the_limit_are_cut(build: Callable[..., Any]) 
 def test_it_can_be_taught(build: Callable[..., Any]) -> None:
     """What it says after imitation, without exploring, is what it was shown: an answer for each picture's colour."""
     policy = build(dtype="float32", max_new_tokens=12)
-    lessons = Talks(tuple((*tiny_chat.opening(seed, 1), Message("assistant", (word,))) for seed, word in enumerate(("left", "12 up"))))
+    lessons = Talks(
+        tuple((*tiny_chat.opening(seed, 1), Message("assistant", (word,))) for seed, word in enumerate(("left", "12 up")))
+    )
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     for _ in range(40):
         with policy.compute_mode(train=True):

@@ -53,6 +53,26 @@ def test_the_expert_answers_with_the_real_tools(fields: dict[str, Any], split: s
     assert set(paths) == set(ASKED)
 
 
+def test_by_name_the_expert_needs_no_picture(tmp_path: Path) -> None:
+    folder = str(tmp_path / "world")
+    shown = build("SearchQuestions", folder=folder, hops=[1, 2, 3])
+    named = build("SearchQuestions", folder=folder, hops=[1, 2, 3], start="name")
+    tools, right = search_tools(named.corpus, tmp_path), 0
+    for task_id in range(100):
+        question, same = named.question(task_id), shown.question(task_id)
+        assert (question.references, question.details["evidence"]) == (same.references, same.details["evidence"])
+        (words,) = question.parts
+        assert f"the device {question.details['name']}" in str(words) and question.details["name"] in named.devices
+        assert text(same) == str(words).replace(f"the device {question.details['name']}", "this device")
+        answer, calls = played(named, question, tools)
+        assert {call.name for call in calls} == {"text_search"} and calls[0].arguments == {"query": question.details["name"]}
+        if question.check(answer):
+            right += 1
+            assert tuple(call.name for call in calls) == question.details["operations"]
+            assert len(calls) == len(question.details["path"])
+    assert right >= 99
+
+
 def test_the_expert_believes_what_the_tools_say_and_nothing_else(tmp_path: Path) -> None:
     questions = build("SearchQuestions", folder=str(tmp_path / "world"), hops=[2])
     question = questions.question(0)
@@ -229,6 +249,7 @@ def test_another_process_asks_and_writes_the_same(tmp_path: Path) -> None:
     [
         ({"hops": [4]}, r"hops must be numbers from 0 to 3; got \[4\]"),
         ({"hops": []}, "hops must be distinct"),
+        ({"hops": [0, 1], "start": "name"}, "hops has 0, which asks for a device's name, but start 'name' says it"),
         ({"entities": 200}, "syllables 20 make 390 names, but 424 are needed; raise syllables"),
     ],
 )
