@@ -22,7 +22,7 @@ from mmrl.component import Component
 from mmrl.config import Block, device_name, load_as, resolved
 from mmrl.measuring import load_measurement
 from mmrl.numerics.draws import Draws
-from mmrl.protocols import Check, LikelihoodPolicy, Policy, SelfCheckingPolicy, ValuePolicy
+from mmrl.protocols import Check, LikelihoodPolicy, SelfCheckingPolicy, ValuePolicy
 from mmrl.seeding import configure_torch
 from mmrl.types import Decision, EpisodeRecord, Evaluation, Packing, Rollout, gather
 
@@ -79,9 +79,10 @@ def checks(policy: Any) -> Iterator[Check]:
         yield _close("rows beside it", policy, apart.log_probs_BK, first.log_probs_BK[some], "with four rows and with two")
     if isinstance(policy, LikelihoodPolicy):
         yield from _scored(policy, first)
+    own: Any = policy
     if isinstance(policy, SelfCheckingPolicy):
-        with policy.compute_mode(train=False):
-            yield from policy.checks()
+        with own.compute_mode(train=False):
+            yield from own.checks()
 
 
 def _scored(policy: Any, decision: Decision) -> Iterator[Check]:
@@ -133,7 +134,7 @@ def _of_units(x_BK: Tensor, packing: Packing) -> Tensor:
     return gather(x_BK[None], packing.index_NJ).flatten(1)
 
 
-def _close(name: str, policy: Policy, ours: Tensor, theirs: Tensor, what: str) -> Check:
+def _close(name: str, policy: Any, ours: Tensor, theirs: Tensor, what: str) -> Check:
     kinds = [tensor.dtype for tensor in policy.state_dict().values() if tensor.is_floating_point()]
     allowed = max((TOLERANCE[kind] for kind in kinds if kind in TOLERANCE), default=TOLERANCE[torch.float32])
     apart = float((ours - theirs).abs().max())

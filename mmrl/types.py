@@ -274,8 +274,8 @@ class Batch:
 
     A sample has J decisions (1, or those of a conversation) of K / J units each: unit k belongs to decision k // (K / J). So what
     is known of decisions reaches their units by ``per_unit``. mask_NK is False at units that are not trained, those of decisions
-    that are not there among them. old_values_NJ and returns_NJ are zero where the policy has no critic. engine_log_probs_NK: as in
-    a Rollout.
+    that are not there among them. old_values_NJ and returns_NJ are zero where the policy has no critic. engine_log_probs_NK: as
+    in a Rollout.
 
     Worked example: N = 1 conversation of J = 2 turns, of at most 3 tokens each, the second of them cut after 2 tokens, gives
     mask_NK [[1, 1, 1, 1, 1, 0]] and with advantages_NJ [[0.5, -1.]] per unit [[0.5, 0.5, 0.5, -1., -1., -1.]].

@@ -42,10 +42,10 @@ class LanguageModel(ChatPolicy):
 
     @dataclass(frozen=True, kw_only=True, config=STRICT)
     class Config(ChatConfig):
-        """Fields of a ``policies.language_model:LanguageModel`` block; ``checkpoint: package:NAME`` is a Python package's folder."""
+        """Fields of a ``policies.language_model:LanguageModel`` block. ``checkpoint: package:NAME`` is a package's folder."""
 
         gguf_file: str | None = None
-        """File of the checkpoint to read instead of safetensors and json; a folder that lacks it, as a saved one, is read as usual."""
+        """File of the checkpoint to read instead of safetensors and json; a folder without it (a saved one) is read as usual."""
         lora: TextLoraOptions = field(default_factory=TextLoraOptions)
         """Used with ``train: lora``."""
 

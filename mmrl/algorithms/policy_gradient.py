@@ -16,9 +16,10 @@ papers they come from:
     TIS         importance: token or sequence (see numerics.losses.importance_weights)
 
 Where the decisions of a sample are worth different amounts, GSPO's one ratio weighs and clips each unit with the advantage of its
-own (GSPO-token). Where another program draws (an engine with the policy's weights), pi_old is the policy's own as well, and what the
-engine's q differs from it is made up for by the factor min(pi_old / q, cap) of the first term. ``kl_in: reward`` takes c_KL KL off the rewards, unit by unit, before anything is made of them, as RLHF does;
-the KL is then that of the rollout's policy, and no gradient runs through it. A KL in the loss is averaged as ``reduce`` says, the
+own (GSPO-token). Where another program draws (an engine with the policy's weights), pi_old is the policy's own as well, and what
+the engine's q differs from it is made up for by the factor min(pi_old / q, cap) of the first term. ``kl_in: reward`` takes c_KL KL
+off the rewards, unit by unit, before anything is made of them, as RLHF does; the KL is then that of the rollout's policy, and no
+gradient runs through it. A KL in the loss is averaged as ``reduce`` says, the
 entropy over units; ``kl_corrected`` is DeepSeek-V3.2's (arXiv 2512.02556; TRL does so unless told otherwise). Departure: an
 average over samples is over those that are trained, where TRL's also counts the rest.
 """
@@ -71,8 +72,8 @@ class PolicyGradientConfig:
     kl_corrected: bool = False
     """Weigh each unit's KL in the loss by its ratio, so that the gradient is the KL's although the rollout's policy drew it."""
     importance: Literal["none", "token", "sequence"] = "token"
-    """Where an engine draws that is not the policy itself: weigh a unit's loss by its policy / engine probability, by the product of
-    those of its whole sample, or not at all. Of no effect where the policy draws itself."""
+    """Where an engine draws that is not the policy itself: weigh a unit's loss by its policy / engine probability, by the product
+    of those of its whole sample, or not at all. Of no effect where the policy draws itself."""
     importance_cap: float = Field(default=2.0, ge=1)
     """Bound on that weight."""
     max_kl: float | None = Field(default=None, gt=0)

@@ -153,7 +153,7 @@ def importance_mismatch(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) 
 def importance_weights(log_probs_BK: Tensor, engine_log_probs_BK: Tensor, mask_BK: Tensor, *, kind: str, cap: float) -> Tensor:
     """min(p / q, cap) of units that an engine drew with probability q and that have probability p: truncated importance sampling.
 
-    kind: ``token``, each unit's own quotient; ``sequence``, the product over a sample's kept units, for all of them alike (without
+    kind: ``token``, each unit's own quotient; ``sequence``, the product over a sample's kept units, for all of them (without
     bias where the cap does not reach, of more variance); ``none``, 1. From Ionides, "Truncated importance sampling" (2008); Yao
     et al., "Your efficient RL framework secretly brings you off-policy RL training" (2025), use it between engine and trainer.
     Units that are not kept have weight 1, or their sample's.

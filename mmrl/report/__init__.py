@@ -1,8 +1,8 @@
 """``report.html``: one file that shows what a run learned, opens anywhere and asks nothing of the network.
 
-Curves are computed here and drawn by page.js; what was said is shown by conversations.js when a conversation is opened. Every text
-goes through the template's escaping, or into the page as data that the scripts show as text, and the page's own content security
-policy forbids anything but its one script and embedded pictures.
+Curves are computed here and drawn by page.js; what was said is shown by conversations.js when a conversation is opened. Every
+text goes through the template's escaping, or into the page as data that the scripts show as text, and the page's own content
+security policy forbids anything but its one script and embedded pictures.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ HEADS_FILE = "heads.safetensors"
 def load_tokenizer(
     place: str, *, key: str = "checkpoint", remedy: str = "", loader: Any = AutoTokenizer, **options: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id that the policy's field ``key`` names; ``options`` are those of transformers' loader."""
+    """The tokenizer of a folder or hub id that the policy's field ``key`` names; ``options`` are its loader's."""
     try:
         return loader.from_pretrained(place, **options)
     except (OSError, ValueError) as error:

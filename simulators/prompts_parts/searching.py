@@ -61,14 +61,6 @@ def search_turn(question: Question, turns: tuple[Turn, ...], names: tuple[str, s
     """
     found = [call for turn in turns for call in turn.calls if call.error is None and call.name in names]
     picture, pages = (next((call.result for call in found if call.name == names[0]), None)), _pages(found, names[1])
-<<<<<<< HEAD
-    if picture is None:
-        return _LOOK, (ToolCall(names[0], {"image": 1}),)
-    titles = _HIT.findall(picture.text)
-    if not titles:
-        return UNKNOWN, ()
-    name: str = titles[0]
-=======
     name: str | None = question.details.get("name")
     if name is None:
         if picture is None:
@@ -77,7 +69,6 @@ def search_turn(question: Question, turns: tuple[Turn, ...], names: tuple[str, s
         if not titles:
             return UNKNOWN, ()
         name = titles[0]
->>>>>>> wip-full
     for relation in question.details["path"]:
         if name not in pages:
             return _SEARCH.format(name=name), (ToolCall(names[1], {"query": name}),)

@@ -75,7 +75,10 @@ def test_a_template_that_counts_turns_drifts(folder: Callable[..., Path], tmp_pa
 
 def test_a_template_that_loses_a_second_picture_is_found(folder: Callable[..., Path], tmp_path: Path) -> None:
     tiny_chat.build(folder()).save(tmp_path)
-    one = "{% set ns = namespace(n=0) %}{% for p in m['content'] %}{% if p['type'] == 'image' %}{% set ns.n = ns.n + 1 %}{% endif %}"
+    one = (
+        "{% set ns = namespace(n=0) %}{% for p in m['content'] %}"
+        "{% if p['type'] == 'image' %}{% set ns.n = ns.n + 1 %}{% endif %}"
+    )
     shown = "{% if p['type'] != 'image' or ns.n < 2 %}"
     broken = tiny_chat.TEMPLATES["any_role"].replace("{% for p in m['content'] %}", one + shown, 1)
     broken = broken.replace("{% endfor %}<|im_end|>", "{% endif %}{% endfor %}<|im_end|>", 1)

@@ -205,7 +205,7 @@ def test_adapters_learn_alone_and_are_merged_when_saved(make: Callable[..., Any]
     before = play(policy, [tiny_chat.opening(1, 1)])
     with policy.compute_mode(train=True):
         policy.supervised_loss(LESSONS, generator()).value.backward()
-    moved = [p for p in policy.trainable()["actor"]]
+    moved = list(policy.trainable()["actor"])
     assert moved and list(policy.trainable()) == ["actor"]
     with torch.no_grad():
         for p in moved:
