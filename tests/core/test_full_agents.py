@@ -31,6 +31,7 @@ SMALL = (
     "tensorboard=false",
     "device=cpu",
     "threads=1",
+    "environment.describe_tools=false",  # thousands of tokens for a tokenizer of few words
     "evaluation={episodes: 2, num_envs: 2, act_batch: 2, videos: 0, every: 0}",
     "policy={dtype: float32, max_new_tokens: 12, min_pixels: 256, max_pixels: 1024, lora: {rank: 2}}",
 )
