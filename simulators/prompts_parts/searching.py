@@ -61,8 +61,8 @@ def search_turn(question: Question, turns: tuple[Turn, ...], names: tuple[str, s
     """
     found = [call for turn in turns for call in turn.calls if call.error is None and call.name in names]
     picture, pages = (next((call.result for call in found if call.name == names[0]), None)), _pages(found, names[1])
-    name: str | None = question.details.get("name")
-    if name is None:
+    name = str(question.details.get("name", ""))
+    if not name:
         if picture is None:
             return _LOOK, (ToolCall(names[0], {"image": 1}),)
         titles = _HIT.findall(picture.text)
