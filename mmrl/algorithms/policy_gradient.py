@@ -15,12 +15,13 @@ papers they come from:
     dual clip   dual_clip (arXiv 1912.09729)
     TIS         importance: token or sequence (see numerics.losses.importance_weights)
 
-Where the decisions of a sample are worth different amounts, GSPO's one ratio weighs and clips each unit with the advantage of its
-own (GSPO-token). Where another program draws (an engine with the policy's weights), pi_old is the policy's own as well, and what
-the engine's q differs from it is made up for by the factor min(pi_old / q, cap) of the first term. ``kl_in: reward`` takes c_KL
-KL off the rewards, unit by unit, before anything is made of them, as RLHF does; the KL is then that of the rollout's policy, and
-no gradient runs through it. A KL in the loss is averaged as ``reduce`` says, the entropy over units; ``kl_corrected`` is DeepSeek-V3.2's (arXiv 2512.02556; TRL does so unless told otherwise). Departure: an
-average over samples is over those that are trained, where TRL's also counts the rest.
+Where the decisions of a sample are worth different amounts, GSPO's one ratio weighs and clips each unit with the advantage of
+its own (GSPO-token). Where another program draws (an engine with the policy's weights), pi_old is the policy's own as well, and
+what the engine's q differs from it is made up for by the factor min(pi_old / q, cap) of the first term. ``kl_in: reward`` takes
+c_KL KL off the rewards, unit by unit, before anything is made of them, as RLHF does; the KL is then that of the rollout's
+policy, and no gradient runs through it. A KL in the loss is averaged as ``reduce`` says, the entropy over units;
+``kl_corrected`` is DeepSeek-V3.2's (arXiv 2512.02556; TRL does so unless told otherwise). Departure: an average over samples is
+over those that are trained, where TRL's also counts the rest.
 """
 
 from __future__ import annotations
