@@ -18,6 +18,7 @@ from mmrl.columns import apply, stack
 from mmrl.errors import MMRLError
 from mmrl.messages import Message, Picture
 from mmrl.types import Conversation
+from policies.chat_parts.engine import Request
 from policies.chat_parts.pieces import Heard, Piece, Said
 from tests.policies import chat_play, tiny_chat
 from tests.policies.chat_play import END, ids_of, play
@@ -388,6 +389,19 @@ def test_a_conversation_cut_at_any_place_is_a_sample(build: Callable[..., Any]) 
                 assert message.finish == "stop" or used + len(message.token_ids) == most or len(message.token_ids) == 8
             if turn == 0:
                 assert message.token_ids == whole.decisions[0].action.tolist()[b].token_ids[: max(most - used, 0)]
+
+
+def test_rows_of_different_limits_keep_theirs(build: Callable[..., Any]) -> None:
+    """Also when others have left the batch: each says the beginning of what it would say without a limit."""
+    policy = build(temperature=1.5)
+    talks = [tiny_chat.opening(seed, seed % 3) for seed in range(6)]
+    heard = [policy.ears.listen(talk) for talk in talks]
+    limits = (1, 1, 2, 7, 3, 8)
+    whole = policy.engine.generate([Request(*each, 8) for each in heard], chat_play.draws(6))
+    cut = policy.engine.generate([Request(*each, most) for each, most in zip(heard, limits, strict=True)], chat_play.draws(6))
+    for b, most in enumerate(limits):
+        said = whole.ids_BK[b, : int(whole.count_B[b])].tolist()
+        assert cut.ids_BK[b, : int(cut.count_B[b])].tolist() == said[:most]
 
 
 def test_a_conversation_that_is_too_long_trains_nothing(build: Callable[..., Any]) -> None:
