@@ -113,14 +113,14 @@ class Keeper:
     def __init__(self, stage: StageConfig, policy: Any, weights: Mapping[str, float], folder: Path) -> None:
         self._stage, self._weights, self._folder = stage, weights, folder
         self._legible = policy if isinstance(policy, LegiblePolicy) else None
-        self._every = stage.keep_every or max(1, stage.iterations // ROUNDS)
+        self._most, self._every = stage.keep_conversations, stage.keep_every or max(1, stage.iterations // ROUNDS)
 
     def see(self, iteration: int, rollout: Rollout, advantages: Advantages) -> None:
         """The rollout of an iteration, counted from 0, and what it was worth. Raises TrainingError where it cannot be written."""
         due = iteration % self._every == 0 or iteration == self._stage.iterations - 1
         if not due or not rollout.episodes.transcripts:
             return
-        for rank, place in enumerate(chosen(rollout.episodes, self._stage.keep_conversations), 1):
+        for rank, place in enumerate(chosen(rollout.episodes, self._most), 1):
             transcript = rollout.episodes.transcripts[place]
             name = f"{self._stage.name}-{LABEL}-{iteration + 1:06d}-{rank}"
             about = {"label": LABEL, "stage": self._stage.name, "iteration": iteration + 1}

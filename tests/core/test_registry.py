@@ -25,7 +25,7 @@ def test_a_target_leads_to_its_class() -> None:
         ("mmrl.types:", "is not of the form 'package.module:Name', such as 'policies.pi0:Pi0'"),
         ("mmrl/types:Batch", "is not of the form 'package.module:Name', such as 'policies.pi0:Pi0'"),
         ("torch.nn:Linear", "starts with 'torch', but components live in mmrl, policies, simulators, tools"),
-        ("mmrl.types:Observatoin", "mmrl.types has no 'Observatoin'; did you mean 'Observation'?"),
+        ("mmrl.observation:Observatoin", "mmrl.observation has no 'Observatoin'; did you mean 'Observation'?"),
         ("mmrl.algorithms.grpo:GPRO", "mmrl.algorithms.grpo has no 'GPRO'; did you mean 'GRPO'?"),
         ("mmrl.algorithm.grpo:GRPO", "there is no module 'mmrl.algorithm.grpo'; did you mean 'mmrl.algorithms.grpo'?"),
         ("mmrl.config:load", "is a function, but a component is a class"),

@@ -254,8 +254,8 @@ REFILLS = [
     (
         "updates: the reference scores what nobody learns from",
         "mmrl/updates.py",
-        "read_TB = read_TB & self.algorithm.taught(rollout)",
-        "pass",
+        "return rollout.valid_TB & self.algorithm.taught(rollout)",
+        "return rollout.valid_TB",
         _REFERENCE,
     ),
     (
@@ -268,8 +268,8 @@ REFILLS = [
     (
         "updates: the policy is its own reference",
         "mmrl/updates.py",
-        "scored = reference.evaluate(",
-        "scored = self.policy.evaluate(",
+        "scored = policy.evaluate({",
+        "scored = self.policy.evaluate({",
         _REFERENCE,
     ),
     (
