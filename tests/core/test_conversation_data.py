@@ -62,6 +62,17 @@ def test_conversations_that_end_badly_are_left_out() -> None:
         scripted(max_turns=1).batch(1)
 
 
+def test_only_the_right_ones_of_a_round_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = asking.Sums.next_turn
+
+    def careless(self: asking.Sums, question: Any, turns: Any) -> Any:
+        return ("wrong", ()) if question.details["a"] % 2 else real(self, question, turns)
+
+    monkeypatch.setattr(asking.Sums, "next_turn", careless)
+    talks = scripted().batch(6).conversations
+    assert [int(talk[1].text.split()[2]) % 2 for talk in talks] == [0] * 6
+
+
 def test_an_environment_that_does_not_talk_is_refused() -> None:
     nothing = DataContext(lambda slots, _: object(), 1, 0, CPU)  # type: ignore[arg-type, return-value]
     with pytest.raises(MMRLError, match="object leads no conversations"):

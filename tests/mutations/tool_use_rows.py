@@ -1,0 +1,74 @@
+"""Planted bugs in the environment that holds conversations, and in conversations to imitate. See mutations.py."""
+
+from __future__ import annotations
+
+# (name, file, source, replacement, tests separated by spaces)
+Row = tuple[str, str, str, str, str]
+
+_USE, _DATA = "tests/core/test_tool_use.py", "tests/core/test_conversation_data.py"
+
+TOOL_USE: tuple[Row, ...] = (
+    (
+        "tool_use: a group's slots have messages of their own",
+        "mmrl/tool_use.py",
+        "if task not in begun:",
+        "if True:",
+        f"{_USE}::test_calls_are_run_and_answers_marked",
+    ),
+    (
+        "tool_use: a message that was cut calls tools",
+        "mmrl/tool_use.py",
+        'calls = [] if message.finish == "length" or not self.config.tools',
+        "calls = [] if not self.config.tools",
+        f"{_USE}::test_the_ways_in_which_a_conversation_ends",
+    ),
+    (
+        "tool_use: one turn too many",
+        "mmrl/tool_use.py",
+        "len(slot.turns) == self.config.max_turns",
+        "len(slot.turns) > self.config.max_turns",
+        f"{_USE}::test_the_ways_in_which_a_conversation_ends",
+    ),
+    (
+        "tool_use: what ended is answered again",
+        "mmrl/tool_use.py",
+        'if self._slots[slot].ended == "running" and message is not None:',
+        "if message is not None:",
+        f"{_USE}::test_calls_are_run_and_answers_marked",
+    ),
+    (
+        "tool_use: tools see the question's pictures alone",
+        "mmrl/tool_use.py",
+        "for said in slot.transcript.messages for picture",
+        "for said in slot.opening for picture",
+        f"{_USE}::test_pictures_of_tools_can_be_named_in_later_calls",
+    ),
+    (
+        "tool_use: what tools keep outlives the conversation",
+        "mmrl/tool_use.py",
+        'if running.ended != "running":',
+        "if False:",
+        f"{_USE}::test_tools_keep_things_for_their_conversation_alone",
+    ),
+    (
+        "tool_use: the tag is not looked for",
+        "mmrl/tool_use.py",
+        "extract(turn.message.text, self.config.answer_tag)",
+        "extract(turn.message.text, None)",
+        f"{_USE}::test_an_answer_may_stand_within_a_tag_and_marks_may_be_partial",
+    ),
+    (
+        "conversations: failures are imitated",
+        "mmrl/data/conversations.py",
+        "enumerate(right) if well]",
+        "enumerate(right)]",
+        f"{_DATA}::test_conversations_that_end_badly_are_left_out {_DATA}::test_only_the_right_ones_of_a_round_are_given",
+    ),
+    (
+        "conversations: a resumed source skips what was left of a round",
+        "mmrl/data/conversations.py",
+        "self._spare = self._spare[len(self._spare) - spare :]",
+        "self._spare = []",
+        f"{_DATA}::test_a_resumed_source_gives_what_an_unbroken_one_would",
+    ),
+)
