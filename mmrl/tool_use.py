@@ -149,7 +149,6 @@ class ToolEnvironment:
         return lambda: self._end_step({slot: future.result() for slot, future in running.items()})
 
     def _end_step(self, turns: dict[int, Turn]) -> Step:
-        marks_B = torch.zeros(self.num_envs, device=self.device)
         ran_B = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         for slot, turn in turns.items():
             running, ran_B[slot] = self._slots[slot], True
@@ -157,14 +156,12 @@ class ToolEnvironment:
             running.ended = self._ending(running, turn)
             if running.ended == "answer":
                 running.answer = extract(turn.message.text, self.config.answer_tag)
-                marks_B[slot] = running.transcript.mark
             if running.ended != "running":
                 running.close()
-        answered_B = self._where("answer")
+        marks_B = torch.tensor([slot.transcript.mark for slot in self._slots], device=self.device)
         truncated_B = self._where("turns") | self._where("length")
-        success_B = torch.tensor([slot.transcript.mark >= self.config.pass_mark for slot in self._slots], device=self.device)
-        metrics = {"success": success_B.float(), "mark": torch.tensor([slot.transcript.mark for slot in self._slots])}
-        return Step(self._observe(), marks_B[:, None], ran_B[:, None], answered_B, truncated_B, metrics)
+        metrics = {"success": (marks_B >= self.config.pass_mark).float(), "mark": marks_B}
+        return Step(self._observe(), (marks_B * ran_B)[:, None], ran_B[:, None], self._where("answer"), truncated_B, metrics)
 
     def _ending(self, slot: _Slot, turn: Turn) -> Ending:
         if turn.message.finish == "length":
