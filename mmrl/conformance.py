@@ -53,15 +53,18 @@ def load(path: Path, overrides: Sequence[str]) -> ConformanceConfig:
 def check(config: ConformanceConfig, title: str) -> bool:
     """Print a table of what was tried and measured; whether all of it holds."""
     configure_torch(config.threads, deterministic=False)
-    policy = config.policy.build(device=choose_device(config.device))
+    console, held = Console(width=130), True
     table = Table(title=escape(title))
     for column in ("check", "holds", "measured"):
         table.add_column(column)
-    held = True
-    for found in checks(policy):
-        held = held and found.ok
-        table.add_row(escape(found.name), "[green]yes[/]" if found.ok else "[red]NO[/]", escape(found.measured))
-    Console(width=130).print(table)
+    with console.status("building the policy") as status:
+        policy = config.policy.build(device=choose_device(config.device))
+        status.update("trying its promises")
+        for found in checks(policy):
+            held = held and found.ok
+            table.add_row(escape(found.name), "[green]yes[/]" if found.ok else "[red]NO[/]", escape(found.measured))
+            status.update(f"{escape(found.name)}: tried")
+    console.print(table)
     return held
 
 
