@@ -96,7 +96,7 @@ def write(
     folder: Path, *, width: int = 96, layers: int = 4, vision_width: int = 64, vision_layers: int = 3, patch: int = 7
 ) -> Path:
     tokenizer = build_tokenizer()
-    heads = 4
+    heads = width // 32  # of 32 numbers each, the narrowest that vLLM computes on a CPU
     pairs = width // heads // 2  # of numbers that a head rotates, shared out among time, height and width
     text = {
         "vocab_size": len(tokenizer),
@@ -104,7 +104,7 @@ def write(
         "intermediate_size": 3 * width,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2,
+        "num_key_value_heads": heads,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
@@ -131,7 +131,7 @@ def write(
     ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
     Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    limits = {"shortest_edge": (2 * patch) ** 2, "longest_edge": (8 * patch) ** 2}
+    limits = dict.fromkeys(("shortest_edge", "longest_edge"), (8 * patch) ** 2)  # a crop is shown as large as what it is from
     Qwen2VLImageProcessorPil(patch_size=patch, size=limits).save_pretrained(folder)
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
@@ -18,7 +19,7 @@ from mmrl.component import Component
 from mmrl.errors import DataError, MMRLError
 from mmrl.messages import Message, Picture, Role, ToolCall
 from mmrl.protocols import DataContext, ExpertEnvironment
-from mmrl.transcripts import TalkingEnvironment
+from mmrl.transcripts import TalkingEnvironment, Transcript
 from mmrl.types import Conversation, Talks
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -27,7 +28,11 @@ _FAILED = 64  # conversations in a row that the expert may get wrong
 
 
 class ScriptedConversations:
-    """Endless fresh conversations in the run's environment, which its scripted expert leads and gets right."""
+    """Endless fresh conversations in the run's environment, which its scripted expert leads and gets right.
+
+    ``hasty`` mixes in those of somebody who does not look: one message, which answers as another conversation of the same kind
+    ended. That is how models talk before they are taught tools, and what reinforcement learning has to overcome.
+    """
 
     @dataclass(frozen=True, config=_STRICT)
     class Config:
@@ -37,6 +42,8 @@ class ScriptedConversations:
         """Conversations that are led at once."""
         first_task: int = 2_000_000
         """Task id of the first one."""
+        hasty: float = Field(default=0.0, ge=0, le=1)
+        """Share of conversations that are answered at once, with the answer to another question."""
         environment: dict[str, Any] = field(default_factory=dict)
         """Overrides of the run's environment block."""
 
@@ -45,6 +52,7 @@ class ScriptedConversations:
         if not (isinstance(self._environment, TalkingEnvironment) and isinstance(self._environment, ExpertEnvironment)):
             raise MMRLError(f"{type(self._environment).__name__} leads no conversations; use mmrl.tool_use:ToolEnvironment")
         self._next_task = config.first_task + context.seed * 100_000_000  # another seed of the run means other conversations
+        self._hasty = config.hasty
         self._spare: list[Conversation] = []  # of the last round, not given yet
         self._round = self._next_task  # the task with which that round began
 
@@ -68,10 +76,22 @@ class ScriptedConversations:
                     break
             right = (step.metrics["success"] > 0.5).tolist()
             if any(right):
-                return [environment.transcript(slot).messages for slot, well in enumerate(right) if well]
+                return self._conversations([environment.transcript(slot) for slot, well in enumerate(right) if well])
             failed += environment.num_envs
             if failed >= _FAILED:
                 raise MMRLError(f"the scripted expert got none of {failed} conversations right; raise environment.max_turns")
+
+    def _conversations(self, led: list[Transcript]) -> list[Conversation]:
+        """What was said in them, some of them made hasty; which ones their tasks determine."""
+        conversations = []
+        for transcript in led:
+            generator = random.Random(f"hasty {transcript.task_id}")
+            others = [other for other in led if other is not transcript and other.question.family == transcript.question.family]
+            if others and generator.random() < self._hasty:
+                conversations.append((*transcript.opening, generator.choice(others).turns[-1].message))
+            else:
+                conversations.append(transcript.messages)
+        return conversations
 
     def state_dict(self) -> Mapping[str, Tensor]:
         return {
