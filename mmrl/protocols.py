@@ -232,10 +232,26 @@ class SelfCheckingPolicy(Protocol):
 
 
 @runtime_checkable
-class VelocityPolicy(Protocol):
-    """It exposes its velocity field, for algorithms that regress it (flow matching, DiffusionNFT, AWM)."""
+class VelocityPolicy(Policy, Protocol):
+    """A flow model that shows its velocity field, for algorithms that regress it (SOAR, DiffusionNFT, AWM, Diffusion-DPO).
 
-    def velocity(self, trace: Mapping[str, Tensor], x_t: Tensor, t_B: Tensor) -> Tensor: ...
+    Times and velocities as in ``mmrl.numerics.flow``: t = 1 is noise, v = noise - x0.
+    """
+
+    def clean(self, trace: Trace) -> Tensor:
+        """What the N decisions of a trace ended in, before it was decoded: x0 [N, ...], without gradients."""
+        ...
+
+    def velocity(self, trace: Trace, x_t: Tensor, t_N: Tensor, *, guidance: float | None = None) -> Tensor:
+        """The field at x_t [N, ...] and times t_N under what the decisions were made for, with gradients.
+
+        guidance: of classifier-free guidance; None and 1: that of the conditional branch alone.
+        """
+        ...
+
+    def examine(self, talks: Talks) -> Trace:
+        """The trace of decisions that had made what the assistant shows in these conversations, for ``clean`` and ``velocity``."""
+        ...
 
 
 @dataclass(frozen=True)

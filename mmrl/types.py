@@ -35,7 +35,8 @@ class Decision:
     action: what to execute, a chunk or a message for each. trace: name -> [B, ...], all that ``evaluate`` reads. log_probs_BK and
     mask_BK: one column per unit (token, denoising step, or chunk entry; the policy says which), mask True where the unit is
     trained.
-    values_B: the critic's estimate, or None. policy_version: optimizer steps the policy had taken.
+    values_B: the critic's estimate, or None. policy_version: optimizer steps the policy had taken. means_BKD: where units are
+    draws of D numbers from Gaussians (denoising steps of a picture), the means of these; else None.
     """
 
     action: Action
@@ -44,6 +45,7 @@ class Decision:
     mask_BK: Tensor
     values_B: Tensor | None
     policy_version: int = 0
+    means_BKD: Tensor | None = None
 
     def __post_init__(self) -> None:
         b = len(self.action)
@@ -53,6 +55,8 @@ class Decision:
         expect("Decision", "mask_BK", self.mask_BK, *self.log_probs_BK.shape)
         if self.values_B is not None:
             expect("Decision", "values_B", self.values_B, b)
+        if self.means_BKD is not None:
+            expect("Decision", "means_BKD", self.means_BKD, *self.log_probs_BK.shape, None)
         for name, value in self.trace.items():
             expect("Decision", f"trace[{name!r}]", value, b)
 
@@ -66,6 +70,7 @@ class Decision:
             put(self.mask_BK, index_N, size),
             None if self.values_B is None else put(self.values_B, index_N, size),
             self.policy_version,
+            None if self.means_BKD is None else put(self.means_BKD, index_N, size),
         )
 
 
@@ -417,8 +422,15 @@ class Episode:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A policy's second look at N samples, with gradients: log-probabilities and entropies of their units, decisions' values."""
+    """A policy's second look at N samples, with gradients: log-probabilities and entropies of their units, decisions' values.
+
+    means_NKD, stds_NK, deltas_NK: where units are draws of D numbers from Gaussians (see Decision.means_BKD), the means, standard
+    deviations and lengths t - t' of these steps; else None.
+    """
 
     log_probs_NK: Tensor
     entropy_NK: Tensor
     values_NJ: Tensor | None
+    means_NKD: Tensor | None = None
+    stds_NK: Tensor | None = None
+    deltas_NK: Tensor | None = None
