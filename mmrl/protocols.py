@@ -250,7 +250,7 @@ class VelocityPolicy(Policy, Protocol):
         ...
 
     def examine(self, talks: Talks) -> Trace:
-        """The trace of decisions that had made what the assistant shows in these conversations, for ``clean`` and ``velocity``."""
+        """The trace of decisions that had made what the assistant shows there, for ``clean`` and ``velocity``."""
         ...
 
 
