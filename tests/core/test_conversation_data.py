@@ -73,6 +73,27 @@ def test_only_the_right_ones_of_a_round_are_given(monkeypatch: pytest.MonkeyPatc
     assert [int(talk[1].text.split()[2]) % 2 for talk in talks] == [0] * 6
 
 
+def test_hasty_ones_answer_at_once_as_another_conversation_ended() -> None:
+    source = ScriptedConversations(ScriptedConversations.Config(num_envs=50, hasty=0.6), context=context())
+    talks = source.batch(200).conversations
+    hasty = [talk for talk in talks if len(talk) == 3]
+    assert all(len(talk) in (3, 5) for talk in talks)
+    assert 0.5 < len(hasty) / 200 < 0.7
+    right = {talk[1].text: talk[-1].text for talk in scripted(50).batch(200).conversations}
+    assert all(talk[-1].text == right[talk[1].text] for talk in talks if len(talk) == 5)
+    assert not any(talk[-1].text == right[talk[1].text] for talk in hasty), "the sums all differ"
+    assert all(talk[-1].text in right.values() for talk in hasty)
+
+
+def test_which_are_hasty_does_not_change_on_resume() -> None:
+    config = ScriptedConversations.Config(num_envs=8, hasty=0.5)
+    unbroken, first = (ScriptedConversations(config, context=context()) for _ in range(2))
+    assert said(unbroken.batch(5)) == said(first.batch(5))
+    resumed = ScriptedConversations(config, context=context())
+    resumed.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
+    assert said(unbroken.batch(20)) == said(resumed.batch(20))
+
+
 def test_an_environment_that_does_not_talk_is_refused() -> None:
     nothing = DataContext(lambda slots, _: object(), 1, 0, CPU)  # type: ignore[arg-type, return-value]
     with pytest.raises(MMRLError, match="object leads no conversations"):
