@@ -1,8 +1,8 @@
 """Write the architecture and tokenizers of a tiny Stable Diffusion 3 (no weights): ``python assets/make_tiny_sd3.py [FOLDER]``.
 
-The classes are diffusers' and transformers' own; only the numbers are small. Pictures have up to 64 x 64 pixels, which the VAE makes
-16 x 16 latents of 8 channels and the transformer 64 tokens. There is no T5, which SD3's pipeline allows; it puts zeros in its place,
-so policies are told ``max_text_tokens: 0``.
+The classes are diffusers' and transformers' own; only the numbers are small. Pictures have up to 64 x 64 pixels, that is 16 x 16
+latents of 8 channels, or 64 tokens. There is no T5, which SD3's pipeline allows; it puts zeros in its place, so policies are told
+``max_text_tokens: 0``.
 
 Whatever is listed in WORDS is one token; any other word is spelled, in letters and such groups of letters as the list has often.
 
