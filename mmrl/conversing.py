@@ -20,7 +20,7 @@ class Talk:
     """The numbers of one conversation.
 
     faithful: whether what its tools gave holds the evidence; None where the evidence is not known. seconds: by tool.
-    errors: by kind.
+    errors: by kind. drawn: whether the policy's part is a picture, of which none of this says much.
     """
 
     turns: int
@@ -33,6 +33,7 @@ class Talk:
     faithful: bool | None
     seconds: Mapping[str, float]
     errors: Mapping[str, int]
+    drawn: bool = False
 
     @classmethod
     def of(cls, transcript: Transcript) -> Talk:
@@ -52,6 +53,7 @@ class Talk:
             faithful=faithful(transcript),
             seconds=dict(seconds),
             errors=Counter(call.error for call in calls if call.error is not None),
+            drawn=any(turn.message.pictures for turn in transcript.turns),
         )
 
     def row(self) -> dict[str, Any]:
@@ -60,11 +62,12 @@ class Talk:
 
 
 def summary(talks: Sequence[Talk]) -> dict[str, float]:
-    """Shares and means over conversations; none where there are none.
+    """Shares and means over conversations; none where there are none, or pictures alone.
 
     tool_rate: of conversations with a call. tool_success_rate: of calls. faithful_rate: of correct answers whose evidence is
     known, those whose tools brought it up. Rates of nothing are left out.
     """
+    talks = [talk for talk in talks if not talk.drawn]
     if not talks:
         return {}
     calls, turns = sum(talk.calls for talk in talks), sum(talk.turns for talk in talks)

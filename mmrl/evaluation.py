@@ -31,6 +31,8 @@ class FamilyResult:
     that the simulator lost at every attempt, which do not count. return_, return_std: mean and standard deviation (unbiased; 0
     where there is only one) of the undiscounted return over the episodes; length: their mean in env steps. A family without
     episodes has zeros, and an interval from 0 to 1. talk: ``mmrl.conversing.summary`` of their conversations, if they were any.
+    metrics: means of what else the environment measures at the end of an episode (the scores of its rewards, say), over the
+    episodes where it is a number.
     """
 
     success: float
@@ -45,6 +47,7 @@ class FamilyResult:
     return_std: float
     length: float
     talk: Mapping[str, float] = field(default_factory=dict, kw_only=True)
+    metrics: Mapping[str, float] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def of(cls, played: Sequence[Played], /, **more: Any) -> Self:
@@ -66,13 +69,15 @@ class FamilyResult:
             return_std=statistics.stdev(returns) if n > 1 else 0.0,
             length=statistics.fmean(episode.steps for episode in counted) if n else 0.0,
             talk=summary([episode.talk for episode in counted if episode.talk is not None]),
+            metrics=_means([episode.metrics for episode in counted]),
             **more,
         )
 
     def row(self) -> dict[str, Any]:
         """As it stands in metrics.jsonl, where the mean is called ``return``."""
-        own = {each.name.rstrip("_"): getattr(self, each.name) for each in fields(FamilyResult) if each.name != "talk"}
-        return {**own, **self.talk}
+        apart = ("talk", "metrics")
+        own = {each.name.rstrip("_"): getattr(self, each.name) for each in fields(FamilyResult) if each.name not in apart}
+        return {**own, **self.talk, **({"metrics": dict(self.metrics)} if self.metrics else {})}
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,14 @@ class EvaluationResult(FamilyResult):
         lost = f" ({self.lost} more were lost by the simulator)" if self.lost else ""
         returns = f"return {self.return_:.4g} ± {self.return_std:.2g} (std)"
         tools = "".join(f"; {words} {self.talk[name]:.1%}" for name, words in TOOL_RATES.items() if name in self.talk)
-        return f"{success}, {returns} over {self.episodes} episodes{lost}; {others}{tools}"
+        measured = "".join(f"; {name.replace('_', ' ')} {mean:.4g}" for name, mean in self.metrics.items())
+        return f"{success}, {returns} over {self.episodes} episodes{lost}; {others}{tools}{measured}"
+
+
+def _means(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over those who have it."""
+    names = sorted({name for each in measured for name in each})
+    return {name: statistics.fmean(each[name] for each in measured if name in each) for name in names}
 
 
 def evaluate(

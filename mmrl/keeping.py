@@ -1,7 +1,7 @@
 """Conversations kept for the report: a json file each, and their pictures, each picture once, in a folder beside.
 
-A file holds what is said ``about`` its episode, then ``answer``, ``references``, ``mark``, ``ended``, ``evidence`` (a box of the
-first picture, or null), ``pictures`` and ``messages``. Pictures have the numbers, from 0, in which the conversation showed them:
+A file holds what is said ``about`` its episode, then ``answer``, ``references``, ``mark``, ``scores`` (what the environment's own
+rewards gave, by name; null where one failed), ``ended``, ``evidence`` (a box of the first picture, or null), ``pictures`` and ``messages``. Pictures have the numbers, from 0, in which the conversation showed them:
 ``file``, the original's ``width`` and ``height``, ``source`` (the number of the one it was made from, or null) and ``box`` there.
 
 A message has its ``role`` and ``parts`` (text, or the number of a picture). One of the policy also has ``finish`` and ``calls``:
@@ -53,7 +53,8 @@ def write_conversation(
         **about,
         "answer": transcript.answer,
         "references": list(transcript.question.references),
-        "mark": transcript.mark,
+        "mark": _known(transcript.mark),
+        "scores": {name: _known(score) for name, score in transcript.scores.items()},
         "ended": transcript.ended,
         "evidence": None if box is None else [float(side) for side in box],
         "pictures": [_keep(picture, folder) for message in transcript.messages for picture in message.pictures],

@@ -9,6 +9,7 @@ seats changes nothing, as every kernel computes its rows one by one.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -42,7 +43,8 @@ class Played:
 
     failure: the task ended by itself, without success. timeout: its time was up before that. lost: the simulator broke down at
     every attempt, so the episode counts for nothing. return_: undiscounted. steps: of the environment. talk: what was counted in
-    its conversation, where the environment talks; no part of what makes two episodes equal, for tools take time.
+    its conversation, where the environment talks; no part of what makes two episodes equal, for tools take time. metrics: of the
+    environment's last step, beside success; without those that are no number.
     """
 
     task_id: int
@@ -52,6 +54,7 @@ class Played:
     return_: float
     steps: int
     talk: Talk | None = field(default=None, compare=False)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """As it stands in episodes.jsonl and beside its video."""
@@ -65,6 +68,7 @@ class Played:
             "steps": self.steps,
             "return": self.return_,
             **({} if self.talk is None else self.talk.row()),
+            **({"metrics": dict(self.metrics)} if self.metrics else {}),
         }
 
 
@@ -147,7 +151,8 @@ class Player:
             Talk.of(environment.transcript(slot)) if isinstance(environment, TalkingEnvironment) else None for slot in range(n)
         ]
         episodes = [
-            Played(task, families[slot], instructions[slot], *score.of(slot), talks[slot]) for slot, task in enumerate(tasks)
+            Played(task, families[slot], instructions[slot], *score.of(slot), talks[slot], score.metrics_of(slot))
+            for slot, task in enumerate(tasks)
         ]
         if reel is not None:
             recorder.save(episodes, reel)
@@ -181,6 +186,7 @@ class _Score:
         self.done_B, self.success_B, self.truncated_B, self.lost_B = (
             torch.zeros_like(tasks_B, dtype=torch.bool) for _ in range(4)
         )
+        self.metrics: dict[str, Tensor] = {}
 
     def add(self, step: Step) -> None:
         # Action by action, so that the sum is the same however a chunk is divided.
@@ -191,11 +197,18 @@ class _Score:
         self.success_B = torch.where(self.done_B, self.success_B, step.metrics["success"] > 0.5)
         self.truncated_B = torch.where(self.done_B, self.truncated_B, step.truncated_B)
         self.lost_B = torch.where(self.done_B, self.lost_B, step.lost_B)
+        for name, value_B in step.metrics.items():
+            if name != "success":
+                self.metrics[name] = torch.where(self.done_B, self.metrics.get(name, value_B), value_B)
         self.done_B = self.done_B | step.done_B
 
     def of(self, slot: int) -> tuple[Outcome, float, int]:
         outcome: Outcome = "success" if self.success_B[slot] else "timeout" if self.truncated_B[slot] else "failure"
         return ("lost" if self.lost_B[slot] else outcome), float(self.return_B[slot]), int(self.steps_B[slot])
+
+    def metrics_of(self, slot: int) -> dict[str, float]:
+        last = {name: float(value_B[slot]) for name, value_B in sorted(self.metrics.items())}
+        return {name: value for name, value in last.items() if math.isfinite(value)}
 
 
 class _Recorder(Protocol):

@@ -413,6 +413,15 @@ class Reward(Protocol):
 
 
 @runtime_checkable
+class AsyncReward(Reward, Protocol):
+    """A reward that can score in the background, while a policy makes more."""
+
+    def begin(self, transcripts: Sequence[Transcript], /) -> Callable[[], Sequence[float]]:
+        """Returns at once, with the function that waits for what ``__call__`` would have given."""
+        ...
+
+
+@runtime_checkable
 class TurnReward(Protocol):
     """Scores the turns of conversations. Built as ``cls(config)``, and with what else a Reward may have."""
 

@@ -327,6 +327,6 @@ def episode_metrics(record: EpisodeRecord) -> Mapping[str, float]:
         "rollout/success": record.success_M.float().mean(),
         "rollout/return": record.returns_M.mean(),
         "rollout/length": record.lengths_M.float().mean(),
-        **{f"rollout/{name}": value.float().mean() for name, value in record.metrics.items()},
+        **{f"rollout/{name}": value.float().nanmean() for name, value in record.metrics.items()},
     }
     return {"rollout/episodes": float(record.task_ids_M.numel()), **{name: float(value) for name, value in means.items()}}

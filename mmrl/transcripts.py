@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -20,6 +22,10 @@ class Question:
     process reward may want to know, where it is known: ``operations`` (names of the operations that undo what was done to the
     first picture, of rotate_90, rotate_180, rotate_270, flip_horizontal, flip_vertical and crop), ``box`` (left, top, right,
     bottom of the evidence, in pixels of the first picture), ``evidence`` (texts, or ids of documents, that a tool must bring up).
+
+    Where a picture is asked for, there is no right answer, ``check`` is ``unmarked``, and what rewards may want to know is
+    ``prompt`` (what is to be seen, in words), ``tag``, ``include`` and ``exclude`` (as in GenEval's metadata) and ``words`` (texts
+    that the picture must show).
     """
 
     family: str
@@ -27,6 +33,11 @@ class Question:
     references: tuple[str, ...]
     check: Callable[[str], float]
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def unmarked(answer: str) -> float:
+    """The check of a question that is answered with a picture: NaN, for a picture has no mark; rewards judge it."""
+    return math.nan
 
 
 @runtime_checkable
@@ -44,6 +55,15 @@ class ExpertQuestions(Protocol):
 
     def next_turn(self, question: Question, turns: tuple[Turn, ...]) -> tuple[str, tuple[ToolCall, ...]]:
         """What a scripted expert says after ``turns``: text (a thought, or the answer) and calls; without calls, it answers."""
+        ...
+
+
+@runtime_checkable
+class DrawingQuestions(Protocol):
+    """Questions that ask for a picture and can draw one that is right."""
+
+    def draw(self, question: Question, generator: random.Random) -> Picture:
+        """A picture as the question asks for it; what it leaves open is the generator's choice."""
         ...
 
 
@@ -75,8 +95,9 @@ class Turn:
 class Transcript:
     """A conversation as it ended (or stands). Those of one ``task_id`` in a rollout are a group.
 
-    opening: the messages before the first turn. answer: the text that was checked, None where none was given. ended: "turns" and
-    "length" are limits of turns and of tokens.
+    opening: the messages before the first turn. answer: the text that was checked, None where none was given; empty where it is a
+    picture. ended: "turns" and "length" are limits of turns and of tokens. scores: what the environment's own rewards gave, by
+    their names and before their weights, NaN where one failed; empty where it has none.
     """
 
     task_id: int
@@ -85,6 +106,7 @@ class Transcript:
     turns: tuple[Turn, ...]
     answer: str | None
     ended: Ending
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def calls(self) -> tuple[CallRecord, ...]:
@@ -92,7 +114,7 @@ class Transcript:
 
     @property
     def mark(self) -> float:
-        """Of the answer: 0 (wrong, or none) to 1."""
+        """Of the answer: 0 (wrong, or none) to 1; NaN for a picture."""
         return 0.0 if self.answer is None else float(self.question.check(self.answer))
 
     @property

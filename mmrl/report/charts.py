@@ -53,7 +53,7 @@ _TALKING = (
         "scores",
         "Scores",
         "Mean of each reward over a rollout, before its weight.",
-        r"^reward/[^/]+$",
+        r"^reward/[^/]+$|^rollout/score_",
         group="rewards",
         named=True,
     ),

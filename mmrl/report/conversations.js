@@ -126,8 +126,8 @@
   const facts = (talk) => {
     const list = html("dl", { class: "facts" });
     const add = (name, value) => list.append(html("div", {}, html("dt", {}, name), html("dd", {}, value)));
-    add("answer", talk.answer ?? "none");
-    add(talk.references.length === 1 ? "right answer" : "right answers", talk.references.join(" · ") || "not known");
+    add("answer", talk.answer === "" ? "a picture" : talk.answer ?? "none");
+    if (talk.answer !== "" || talk.references.length) add(talk.references.length === 1 ? "right answer" : "right answers", talk.references.join(" · ") || "not known");
     if (talk.mark !== null) add("mark", number(talk.mark));
     add("ended", ENDINGS[talk.ended] ?? talk.ended);
     return list;
@@ -137,7 +137,7 @@
     if (!talk.rewards.length) return [];
     const head = html("tr", {}, ...["reward", "score", "weight"].map((name) => html("th", { scope: "col" }, name)));
     const rows = talk.rewards.map(({ name, score, weight }) =>
-      html("tr", weight ? {} : { class: "muted" }, html("th", { scope: "row" }, name), html("td", {}, score === null ? "failed" : number(score)), html("td", {}, `× ${number(weight)}`)));
+      html("tr", weight ? {} : { class: "muted" }, html("th", { scope: "row" }, name), html("td", {}, score === null ? "failed" : number(score)), html("td", {}, weight === null ? "" : `× ${number(weight)}`)));
     const total = html("tr", {}, html("th", { scope: "row" }, "total"), html("td", {}, number(talk.total)), html("td"));
     return [html("table", {}, html("thead", {}, head), html("tbody", {}, ...rows), html("tfoot", {}, total))];
   };

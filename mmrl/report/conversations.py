@@ -124,6 +124,9 @@ def _talk(record: Mapping[str, Any]) -> Talk:
     rewards = [
         {"name": str(r["name"]), "score": _number(r["score"]), "weight": _number(r["weight"])} for r in record.get("rewards", ())
     ]
+    known = {reward["name"] for reward in rewards}
+    scores = {str(name): _number(score) for name, score in record.get("scores", {}).items()}
+    rewards += [{"name": name, "score": score, "weight": None} for name, score in scores.items() if name not in known]
     body = {
         "answer": None if record.get("answer") is None else str(record["answer"]),
         "references": [str(reference) for reference in record.get("references", ())],
