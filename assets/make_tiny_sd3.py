@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 WIDTH, HEADS, LAYERS, PATCH = 96, 3, 5, 2
-TEXT_WIDTH, TEXT_LAYERS, TEXT_TOKENS = 64, 2, 24
+TEXT_WIDTH, TEXT_LAYERS, TEXT_TOKENS = 64, 2, 16
 LATENTS, VAE_WIDTHS, IMAGE = 8, (32, 48, 48), 64
 WORDS = (
     *(
