@@ -1,4 +1,4 @@
-"""Prompts for image generators: scenes of shapes and signs with words, which it also draws, and prompt files as they are published.
+"""Prompts for image generators: scenes of shapes and signs with words, which are also drawn, and prompt files as published.
 
 Each class keeps ``mmrl.transcripts.Questions``; those that draw also ``DrawingQuestions``. A task id and the config determine a
 prompt, in any process, and a prompt and a generator the picture. What is held out, training never asks. What rewards need to know
@@ -56,7 +56,7 @@ class ShapePrompts:
         """Fields of a ``simulators.image_prompts:ShapePrompts`` block."""
 
         tags: tuple[Tag, ...] = TAGS
-        """What is asked for, each equally often: single_object, two_object, counting, colors, position, color_attr."""
+        """What is asked for, equally often: single_object, two_object, counting, colors, position, color_attr."""
         shapes: tuple[str, ...] = ("circle", "square", "triangle", "star")
         """Shapes, of circle, square, triangle, star, cross, ring."""
         colours: tuple[str, ...] = ("red", "green", "blue", "yellow", "purple", "black")
@@ -88,7 +88,7 @@ class ShapePrompts:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.vocabulary = Vocabulary(config.shapes, config.colours, config.most)
-        self._tags = [tag for tag in config.tags if self.vocabulary.has(tag, config.split)]
+        self._tags: list[Tag] = [tag for tag in config.tags if self.vocabulary.has(tag, config.split)]
         self._colours = {
             name: [colour for colour, of in self.vocabulary.coloured["train"] if of == name] for name in config.shapes
         }
