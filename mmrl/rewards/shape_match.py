@@ -3,7 +3,8 @@
 A policy that learns what the reader of shapes takes for a star, and not to draw stars, is found out by a scorer that errs in
 other places. The paper is the commonest colour of the picture, not the rim's. A pixel is of the colour of the palette (or the
 paper) that is nearest to it. Things are told apart by the empty rows and columns between them (recursive XY-cut, Nagy and Seth
-1984), not by what is connected. A thing is the shape whose templates, drawn into its box, it overlaps best. And a picture is right only if it shows what is asked for and nothing else at all.
+1984), not by what is connected. A thing is the shape whose templates, drawn into its box, it overlaps best. And a picture is
+right only if it shows what is asked for and nothing else at all.
 """
 
 from __future__ import annotations
