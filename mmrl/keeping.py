@@ -1,8 +1,9 @@
 """Conversations kept for the report: a json file each, and their pictures, each picture once, in a folder beside.
 
 A file holds what is said ``about`` its episode, then ``answer``, ``references``, ``mark``, ``scores`` (what the environment's own
-rewards gave, by name; null where one failed), ``ended``, ``evidence`` (a box of the first picture, or null), ``pictures`` and ``messages``. Pictures have the numbers, from 0, in which the conversation showed them:
-``file``, the original's ``width`` and ``height``, ``source`` (the number of the one it was made from, or null) and ``box`` there.
+rewards gave, by name; null where one failed), ``ended``, ``evidence`` (a box of the first picture, or null), ``pictures`` and
+``messages``. Pictures have the numbers, from 0, in which the conversation showed them: ``file``, the original's ``width`` and
+``height``, ``source`` (the number of the one it was made from, or null) and ``box`` there.
 
 A message has its ``role`` and ``parts`` (text, or the number of a picture). One of the policy also has ``finish`` and ``calls``:
 ``name``, ``arguments``, ``error``, ``seconds``, ``rewards``, ``metrics`` and ``reply``, the place of the message that says what

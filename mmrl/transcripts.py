@@ -24,8 +24,8 @@ class Question:
     bottom of the evidence, in pixels of the first picture), ``evidence`` (texts, or ids of documents, that a tool must bring up).
 
     Where a picture is asked for, there is no right answer, ``check`` is ``unmarked``, and what rewards may want to know is
-    ``prompt`` (what is to be seen, in words), ``tag``, ``include`` and ``exclude`` (as in GenEval's metadata) and ``words`` (texts
-    that the picture must show).
+    ``prompt`` (what is to be seen, in words), ``tag``, ``include`` and ``exclude`` (as in GenEval's metadata) and ``words``
+    (texts that the picture must show). A picture is an empty answer.
     """
 
     family: str
@@ -95,9 +95,8 @@ class Turn:
 class Transcript:
     """A conversation as it ended (or stands). Those of one ``task_id`` in a rollout are a group.
 
-    opening: the messages before the first turn. answer: the text that was checked, None where none was given; empty where it is a
-    picture. ended: "turns" and "length" are limits of turns and of tokens. scores: what the environment's own rewards gave, by
-    their names and before their weights, NaN where one failed; empty where it has none.
+    opening: the messages before the first turn. answer: the text that was checked, None where none was given. ended: "turns" and
+    "length" are limits of turns and of tokens. scores: what the environment's own rewards gave it, by name.
     """
 
     task_id: int

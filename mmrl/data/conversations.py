@@ -50,7 +50,9 @@ class ScriptedConversations:
     def __init__(self, config: Config, *, context: DataContext) -> None:
         self._environment: Any = context.make_environment(config.num_envs, config.environment)
         if not (isinstance(self._environment, TalkingEnvironment) and isinstance(self._environment, ExpertEnvironment)):
-            raise MMRLError(f"{type(self._environment).__name__} leads no conversations; use mmrl.tool_use:ToolEnvironment")
+            raise MMRLError(
+                f"{type(self._environment).__name__} leads no conversations; use mmrl.tool_use:ToolEnvironment or mmrl.picturing"
+            )
         self._next_task = config.first_task + context.seed * 100_000_000  # another seed of the run means other conversations
         self._hasty = config.hasty
         self._spare: list[Conversation] = []  # of the last round, not given yet
@@ -126,9 +128,11 @@ class JsonlConversations:
         """The file."""
         calls: Component = field(default_factory=lambda: Component.parse({"target": "mmrl.calling.formats:HermesCalls"}))
         """How an assistant's calls are written in its text; that of the environment, if tools are to be used."""
+        drawn: bool = False
+        """Whether assistants may show pictures: captioned pictures, from which an image generator learns."""
 
     def __init__(self, config: Config, *, context: DataContext) -> None:
-        self._path, self._format = config.path, config.calls.build()
+        self._path, self._format, self._drawn = config.path, config.calls.build(), config.drawn
         self._lines = list(self._read())
         for number, line in self._lines:
             self._conversation(number, line, load=False)
@@ -195,7 +199,10 @@ class JsonlConversations:
             read.append(f"\n{written}" if read else written)
         _expect(bool(read), f"'{key}' says nothing")
         shown = any(isinstance(part, Picture) for part in read)
-        _expect(not shown or message["role"] != "assistant", f"'{key}.content': an assistant shows no pictures")
+        allowed = self._drawn or not shown or message["role"] != "assistant"
+        _expect(
+            allowed, f"'{key}.content': an assistant shows no pictures; set 'drawn' where an image generator is to learn them"
+        )
         return Message(message["role"], tuple(read), calls)
 
     def _part(self, key: str, part: Any, load: bool) -> str | Picture:

@@ -4,10 +4,10 @@ The paper's colour is the median along the rim. A pixel belongs to the colour c 
 
     pixel = paper + a (c - paper),  0 <= a <= 1
 
-fits best, and to a thing where a > 1/2, so that smoothed edges take the colour of what they are the edge of. Things are connected
-pixels; where two colours touch they are parted. A thing's shape is that of the nearest of many exact shapes of about its size, by
-numbers that neither place nor size changes much: how much of its box and of the box's corners, edges and middle it fills, where its
-centre of gravity is, how far it spreads. What is near to none is no thing.
+fits best, and to a thing where a > 1/2, so that smoothed edges take the colour of what they are the edge of. Things are
+connected pixels; where two colours touch they are parted. A thing's shape is that of the nearest of many exact shapes of about
+its size, by numbers that neither place nor size changes much: how much of its box and of the box's corners, edges and middle it
+fills, where its centre of gravity is, how far it spreads. What is near to none is no thing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NEAR = 4.0  # of an exact shape, in these units
 
 
 def read(image: Image.Image, palette: Mapping[str, Colour], shapes: Sequence[str]) -> list[Detected]:
-    """The things in a picture, the surest first; boxes in its pixels, names out of ``shapes``, colours out of ``palette``."""
+    """The things in a picture (RGB), the surest first; boxes in its pixels, names of ``shapes``, colours of ``palette``."""
     shrink = math.ceil(max(image.size) / LARGEST)
     pixels = np.asarray(image.reduce(shrink) if shrink > 1 else image, np.float32)
     nearest, strength = _explain(pixels, np.array(list(palette.values()), np.float32))
@@ -60,13 +60,13 @@ def read(image: Image.Image, palette: Mapping[str, Colour], shapes: Sequence[str
 def _explain(pixels: np.ndarray, colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each pixel the number of the colour that explains it best, and how much of it is that colour, 0 (paper) to 1."""
     rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    paper = np.median(rim, 0)
-    ways = colours - paper  # [C, 3]
+    away = (pixels - np.median(rim, 0)).reshape(-1, 3)
+    ways = colours - np.median(rim, 0)  # [C, 3]
     lengths = np.square(ways).sum(1)
-    away = (pixels - paper).reshape(-1, 3)
-    share = np.clip(away @ (ways / np.maximum(lengths, 1.0)[:, None]).T, 0.0, 1.0)  # [pixels, C]
+    along = away @ ways.T  # [pixels, C]
+    share = np.clip(along / np.maximum(lengths, 1.0), 0.0, 1.0)
     # |away - share way|^2 without |away|^2, which is the same for all colours
-    misfit = share * share * lengths - 2 * share * (away @ ways.T)
+    misfit = share * (share * lengths - 2 * along)
     misfit[:, lengths < CONTRAST**2] = np.inf
     nearest = misfit.argmin(1)
     strength = share[np.arange(len(share)), nearest]
@@ -97,7 +97,7 @@ def pieces(mask: np.ndarray) -> list[np.ndarray]:
     spans: list[tuple[int, int, int]] = []  # row, first column, last column + 1
     above: list[int] = []
     for row, line in enumerate(np.diff(mask.astype(np.int8), prepend=0, append=0, axis=1)):
-        ends = line.nonzero()[0].tolist()
+        ends = np.flatnonzero(line).tolist()
         here: list[int] = []
         for first, last in zip(ends[::2], ends[1::2], strict=True):
             own = len(spans)
@@ -123,7 +123,7 @@ def _root(parents: list[int], at: int) -> int:
 
 def _shape(where: np.ndarray, strength: np.ndarray, shapes: tuple[str, ...]) -> tuple[str, tuple[float, ...], float]:
     """The name of a thing's shape (empty: none), its box, and how sure that is."""
-    rows, columns = where.any(1).nonzero()[0], where.any(0).nonzero()[0]
+    rows, columns = np.flatnonzero(where.any(1)), np.flatnonzero(where.any(0))
     top, bottom = max(0, rows[0] - 1), min(where.shape[0], rows[-1] + 2)
     left, right = max(0, columns[0] - 1), min(where.shape[1], columns[-1] + 2)
     part, own = strength[top:bottom, left:right], where[top:bottom, left:right]
@@ -189,7 +189,7 @@ def _measure(share: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float, 
 
 def _ends(profile: np.ndarray) -> tuple[float, float]:
     """Where a profile of shares rises to a half and falls from it, to parts of a pixel: a pixel of share a begins 1 - a late."""
-    solid = (profile > 0.5).nonzero()[0]
+    solid = np.flatnonzero(profile > 0.5)
     if not len(solid):
         return 0.0, float(len(profile))
     first, last = int(solid[0]), int(solid[-1])

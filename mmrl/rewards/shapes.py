@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from statistics import fmean
 
+from PIL import Image
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
@@ -37,6 +38,12 @@ class ReadingConfig:
                 raise ValueError(f"{key} must be names out of {', '.join(known)}; got {list(values)}")
 
 
+def drawn(transcript: Transcript) -> Image.Image | None:
+    """The last picture of the last message; None: it has none."""
+    pictures = transcript.turns[-1].message.pictures if transcript.turns else ()
+    return pictures[-1].image if pictures else None
+
+
 class Shapes:
     """1 where a scene of shapes fulfils its prompt, else 0, or how much of it.
 
@@ -58,13 +65,13 @@ class Shapes:
     def __call__(self, transcripts: Sequence[Transcript]) -> list[float]:
         scores, right = [], []
         for transcript in transcripts:
-            metadata = transcript.question.details
-            wrong = problem(metadata)
-            if wrong is not None:
+            metadata, image = transcript.question.details, drawn(transcript)
+            wrong = problem(metadata) or ("there is no picture" if image is None else None)
+            if wrong is not None or image is None:
                 self.failure = f"the prompt '{metadata.get('prompt', '')}' cannot be judged: {wrong}"
                 scores.append(math.nan)
                 continue
-            things = read(transcript.turns[-1].message.pictures[-1].image, self.config.colours, self.config.shapes)
+            things = read(image, self.config.colours, self.config.shapes)
             verdict = judge(metadata, things, _ALL)
             right.append(verdict.correct)
             scores.append(verdict.graded if self.config.graded else float(verdict.correct))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,9 +59,9 @@ class Vocabulary:
     """What prompts are made of, each combination either trained or held out: the same whatever else a config says.
 
     Combinations are pairs of shapes (two_object), of number and shape (counting), of colour and shape (colors; color_attr asks
-    for two of them), and of two shapes and where they lie (position; "A left of B" and "B right of A" are one). About a quarter is
-    held out, in an order that is shuffled once and for all, as long as every part of it is trained in another combination. Of
-    single shapes none is.
+    for two of them), and of two shapes and where they lie (position; "A left of B" and "B right of A" are one). About a quarter
+    is held out, in an order that is shuffled once and for all, as long as every part of it is trained in another combination.
+    Of single shapes none is.
     """
 
     def __init__(self, shapes: Sequence[str], colours: Sequence[str], most: int) -> None:
@@ -112,7 +112,7 @@ class Vocabulary:
         return [_clause(name, color=colour) for colour, name in generator.choice(both)]
 
 
-_MAKERS = {
+_MAKERS: dict[Tag, Callable[[Vocabulary, Split, random.Random], list[Clause]]] = {
     "single_object": Vocabulary._single,
     "two_object": Vocabulary._two,
     "counting": Vocabulary._count,
@@ -120,7 +120,7 @@ _MAKERS = {
     "position": Vocabulary._place,
     "color_attr": Vocabulary._two_coloured,
 }
-TAGS = tuple(_MAKERS)
+TAGS: tuple[Tag, ...] = tuple(_MAKERS)
 
 
 def _clause(name: str, count: int = 1, **more: Any) -> Clause:
