@@ -76,7 +76,7 @@ class Transcript:
     """A conversation as it ended (or stands). Those of one ``task_id`` in a rollout are a group.
 
     opening: the messages before the first turn. answer: the text that was checked, None where none was given. ended: "turns" and
-    "length" are limits of turns and of tokens.
+    "length" are limits of turns and of tokens. scores: what the environment's own rewards gave it, by name.
     """
 
     task_id: int
@@ -85,6 +85,7 @@ class Transcript:
     turns: tuple[Turn, ...]
     answer: str | None
     ended: Ending
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def calls(self) -> tuple[CallRecord, ...]:
