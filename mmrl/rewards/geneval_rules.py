@@ -1,19 +1,20 @@
 """GenEval's rules: from the things that were found in a picture to whether it shows what its prompt asks for.
 
     metadata = {"tag": "position", "include": [{"class": "dog", "count": 1},
-                {"class": "cat", "count": 1, "color": "red", "position": ["left of", 0]}], "exclude": [{"class": "dog", "count": 2}]}
+                {"class": "cat", "count": 1, "color": "red", "position": ["left of", 0]}],
+                "exclude": [{"class": "dog", "count": 2}]}
 
-GenEval (Ghosh et al. 2023, arXiv 2310.11513, evaluation/evaluate_images.py). Of each class the 16 surest things count, if they are
-surer than 0.3 (0.9 where the tag is "counting"). Every ``include`` must hold, and no ``exclude`` may. An ``include`` looks at the
-``count`` surest things of its class: there must be as many, all of its colour, and each in its ``position`` to each thing of the
-clause that it names. A is left of B if, with both ways between their centres shortened by a tenth of their added sizes, the way to
-the left is more than half of the distance between the centres.
+GenEval (Ghosh et al. 2023, arXiv 2310.11513, evaluation/evaluate_images.py). Of each class the 16 surest things count, if they
+are surer than 0.3 (0.9 where the tag is "counting"). Every ``include`` must hold, and no ``exclude`` may. An ``include`` looks
+at the ``count`` surest things of its class: there must be as many, all of its colour, and each in its ``position`` to each thing
+of the clause that it names. A is left of B if, with both ways between their centres shortened by a tenth of their added sizes,
+the way to the left is more than half of the distance between the centres.
 
 ``graded`` is the reward that Flow-GRPO learns from (Liu et al. 2025, arXiv 2505.05470): the mean over what is asked of
 1 - |wanted - found| / wanted, of all things that were found, 1 or 0 for a position, and 0 for colour or position where the number
 is wrong. ``exact`` is its test: as GenEval's, but more things than wanted are wrong too, and ``exclude`` is not read. Departures:
-where a position is wrong, the reward server of Flow-GRPO counts a 0 and then also a 1, here it is a 0; and one of several things
-of the right number is never worth less than 0, however many were found (there 5 for 1 are -3).
+where a position is wrong, the reward server of Flow-GRPO counts a 0 and then also a 1, here it is a 0; and no demand is worth
+less than 0, however many things were found (there 5 for 1 are -3).
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def _wrong_clause(clause: Any, place: int) -> str | None:
 
 @dataclass
 class _Judge:
-    """Goes through the clauses. groups: the things of each clause that holds, None for another. marks: what each demand is worth."""
+    """Goes through the clauses. groups: the things of each clause that holds, else None. marks: what each demand is worth."""
 
     things: Mapping[str, Sequence[Detected]]
     rules: Rules
