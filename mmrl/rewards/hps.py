@@ -1,7 +1,8 @@
 """Human preference score v2 (Wu et al. 2023, arXiv 2306.09341):  score = cos(picture, prompt), of a CLIP ViT-H/14 tuned for it.
 
 The published files (``HPS_v2_compressed.pt``, ``HPS_v2.1_compressed.pt``) name their weights as open_clip does; they are read
-into transformers' CLIPModel, so that open_clip is not needed. Departure: without ``autocast``; ``dtype`` says how the model computes.
+into transformers' CLIPModel, so that open_clip is not needed. Departure: there is no ``autocast``;
+``dtype`` says how the model computes.
 """
 
 from __future__ import annotations

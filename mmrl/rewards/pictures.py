@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 from PIL import Image
 
@@ -41,3 +41,15 @@ def in_batches(
         for (place, _), value in zip(batch, given, strict=True):
             scores[place] = float(value)
     return scores
+
+
+def number(value: Any) -> float:
+    """A score as a float; NaN for what is no number, or an infinite one.
+
+    >>> number(1), number(None), number("0.5"), number(math.inf)
+    (1.0, nan, nan, nan)
+    """
+    if isinstance(value, str) or not isinstance(value, SupportsFloat):
+        return math.nan
+    score = float(value)
+    return score if math.isfinite(score) else math.nan

@@ -13,7 +13,6 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from mmrl.errors import ConfigError
-from mmrl.registry import did_you_mean
 from mmrl.transcripts import Transcript
 
 
