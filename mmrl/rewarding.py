@@ -30,6 +30,7 @@ from torch import Tensor
 from mmrl.component import Component, Problem, Problems, validate
 from mmrl.errors import TrainingError
 from mmrl.protocols import TurnReward
+from mmrl.rewards.pictures import number
 from mmrl.transcripts import Transcript, by_task
 from mmrl.types import EpisodeRecord, Rollout
 
@@ -164,7 +165,7 @@ class Scorer:
         scores = reward.per_turn(transcripts) if isinstance(reward, TurnReward) else reward(transcripts)
         if len(scores) != len(transcripts):
             raise ValueError(f"{block.target} gave {len(scores)} scores for {len(transcripts)} conversations")
-        return scores
+        return [[*map(number, each)] if isinstance(each, list | tuple) else number(each) for each in scores]
 
 
 def _normalised(places_TB: Tensor, episodes: EpisodeRecord, scored_M: Tensor) -> Tensor:

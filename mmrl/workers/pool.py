@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +25,8 @@ from mmrl.workers.single import Description
 LOG = logging.getLogger("mmrl.workers")
 TIME_LIMIT, START_LIMIT = 120.0, 600.0  # seconds, where nobody says otherwise
 GRACE = 5.0  # seconds a worker gets to end by itself
-PATIENCE = 3  # times in a row a worker may be lost without having finished a call of ``step`` in between
+PATIENCE = 3  # times in a row a worker may be lost without having finished a call of PROGRESS in between
+PROGRESS = ("step", "score")
 # Processes are forked from a server that is started apart: no thread, GPU context or lock of the parent's gets into them, and
 # what the server has imported (see ``preload``) need not be imported again.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -35,6 +37,7 @@ class WorkerError(MMRLError):
 
 
 _CONTEXT.set_forkserver_preload(["mmrl.workers.server"])
+_STARTING = threading.Lock()  # of what ``_without_main`` changes for the whole process
 
 
 def preload(*modules: str) -> None:
@@ -155,7 +158,7 @@ class WorkerPool:
                     answer = self._receive(index, call.command)
                     if answer is not None:
                         answers[index] = answer[0]
-        if call.command == "step":
+        if call.command in PROGRESS:
             for index in answers:
                 self._failures[index] = 0
         return answers
@@ -235,7 +238,7 @@ class WorkerPool:
                 f"a worker of {self._target} was lost {PATIENCE} times in a row; the last one {why}; "
                 "see what it printed, and what `mmrl doctor` says"
             )
-        LOG.warning("worker %d %s and is restarted; its episodes are dropped", index, why)
+        LOG.warning("worker %d %s and is restarted; what it was at is dropped", index, why)
 
 
 @contextmanager
@@ -244,12 +247,13 @@ def _without_main() -> Iterator[None]:
 
     Workers need nothing of what it defines, and it may not be made for that (no ``if __name__ == "__main__"``).
     """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with _STARTING:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
 
 
 def _end_of(process: ForkServerProcess) -> str:

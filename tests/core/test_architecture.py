@@ -47,6 +47,7 @@ RULES = {
     "mmrl.component": ("mmrl.errors", "mmrl.registry"),
     "mmrl.algorithms": CONTRACTS,
     "mmrl.rewards": CONTRACTS,
+    "mmrl.rewards.apart": (*CONTRACTS, "mmrl.rewards", "mmrl.workers"),
     "mmrl.data": CONTRACTS,
     "mmrl.rollout": CONTRACTS,
     "mmrl.batching": CONTRACTS,
