@@ -31,7 +31,8 @@ class Pictures:
     """Scenes and signs with words by turns, [N, 3, height, width] between -1 and 1."""
 
     def __init__(self, first: int) -> None:
-        self._prompts = (ShapePrompts(ShapePrompts.Config()), WordPrompts(WordPrompts.Config()))
+        words = WordPrompts.Config(width=32, height=32, longest=3)
+        self._prompts = (ShapePrompts(ShapePrompts.Config()), WordPrompts(words))
         self._next = first
 
     def batch(self, size: int) -> Tensor:
