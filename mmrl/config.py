@@ -296,8 +296,18 @@ def _refusals(config: RunConfig) -> Iterator[str]:
 # need of an algorithm -> the block of a stage that feeds it
 _FEEDS = {"rollout": "collect", "examples": "data"}
 # need of an algorithm -> what a policy's class must have
-_CAPABILITIES = {"likelihood": ("evaluate", "pack"), "critic": ("value",), "examples": ("supervised_loss",)}
-_NOUNS = {"likelihood": "log-probabilities", "critic": "a critic", "examples": "a supervised loss"}
+_CAPABILITIES = {
+    "likelihood": ("evaluate", "pack"),
+    "critic": ("value",),
+    "examples": ("supervised_loss",),
+    "velocity": ("velocity", "clean", "examine"),
+}
+_NOUNS = {
+    "likelihood": "log-probabilities",
+    "critic": "a critic",
+    "examples": "a supervised loss",
+    "velocity": "a velocity field",
+}
 
 
 def _blocks(config: RunConfig, stage: StageConfig) -> Iterator[str]:
