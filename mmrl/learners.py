@@ -130,7 +130,7 @@ class RolloutLearner(Learner):
             device=setting.device,
             group_size=algorithm.group_size,
             auto_reset=reset,
-            keep_means=isinstance(algorithm, MeansAlgorithm) and algorithm.uses_means,
+            keep_means=_uses_means(algorithm),
         )
         # Another seed of the run, and another stage, means other tasks.
         self._collector.next_task = derive_seed(setting.streams.seed, "tasks", setting.index) % 2**40 + 2**32
@@ -242,6 +242,10 @@ class RolloutLearner(Learner):
     def close(self) -> None:
         for environment in self._environments:
             environment.close()
+
+
+def _uses_means(algorithm: Any) -> bool:
+    return isinstance(algorithm, MeansAlgorithm) and algorithm.uses_means
 
 
 def _snapshots(algorithm: Any, policy: Any) -> dict[str, Snapshot]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmrl.protocols import Decay, Policy, VelocityPolicy
+from mmrl.protocols import Decay, VelocityPolicy
 from mmrl.types import Trace
 
 
@@ -34,7 +33,7 @@ class Snapshot:
     It starts with the weights as they are. Kept in float32 or better, so that an average of weights in bfloat16 moves at all.
     """
 
-    def __init__(self, policy: Policy | Any, decay: Decay) -> None:
+    def __init__(self, policy: VelocityPolicy, decay: Decay) -> None:
         self._policy, self._decay = policy, decay
         parameters = {id(p): p for group in policy.trainable().values() for p in group}
         self._parameters = list(parameters.values())

@@ -133,7 +133,8 @@ class RolloutUpdate:
         Where an engine drew that is not the policy, the policy's own log-probabilities take the place of the engine's.
         """
         read_TB = self._read(rollout)
-        if isinstance(self.policy, EnginePolicy) and self.policy.rescores:
+        policy = self.policy
+        if isinstance(policy, EnginePolicy) and policy.rescores:
             own = self._score(rollout, self.policy, read_TB)
             rollout = replace(rollout, log_probs_TBK=own.log_probs_TBK, engine_log_probs_TBK=rollout.log_probs_TBK)
         if self.reference is not None and not isinstance(self.algorithm, VelocityAlgorithm):
