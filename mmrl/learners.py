@@ -304,7 +304,7 @@ def _supervised(setting: Setting) -> SupervisedTerm | None:
 
 # Metric names get the group under which the report and TensorBoard show them.
 _GROUPS = {
-    "loss": ("loss", "policy_loss", "value_loss", "supervised_loss", "flow_matching"),
+    "loss": ("loss", "policy_loss", "value_loss", "supervised_loss", "flow_matching", "auxiliary_loss"),
     "update": ("grad_norm", "skipped", "updates", "stopped_by_kl"),
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
