@@ -19,7 +19,8 @@ def make_batch(rollout: Rollout, advantages: Advantages, policy: LikelihoodPolic
         return gather(x_TB, packing.index_NJ)
 
     def of_units(x_TBK: Tensor | None) -> Tensor | None:
-        return None if x_TBK is None else of_decisions(x_TBK).flatten(1)
+        """Of anything [T, B, K, ...]: [N, J K, ...]."""
+        return None if x_TBK is None else of_decisions(x_TBK).flatten(1, 2)
 
     kept_NJ = of_decisions(advantages.keep_TB & rollout.valid_TB)
     batch = Batch(
@@ -32,19 +33,25 @@ def make_batch(rollout: Rollout, advantages: Advantages, policy: LikelihoodPolic
         reference_log_probs_NK=of_units(rollout.reference_log_probs_TBK),
         unit_advantages_NK=of_units(advantages.units_TBK),
         engine_log_probs_NK=of_units(rollout.engine_log_probs_TBK),
+        old_means_NKD=of_units(rollout.means_TBKD),
+        reference_means_NKD=of_units(rollout.reference_means_TBKD),
     )
     keep_N = kept_NJ.any(1)
     return batch if bool(keep_N.all()) else batch.select(keep_N)
 
 
-def minibatch_indices(size: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """A fresh permutation of ``range(size)`` in ``count`` nearly equal parts (fewer where there are too few rows)."""
-    order = torch.randperm(size, generator=generator, device=generator.device)
-    yield from order.tensor_split(min(count, size)) if size else ()
+def minibatch_indices(size: int, count: int, generator: torch.Generator, together: int = 1) -> Iterator[Tensor]:
+    """A fresh permutation of ``range(size)`` in ``count`` nearly equal parts (fewer where there are too few rows).
+
+    together: how many consecutive rows stay so, such as the two of a pair; it divides ``size``.
+    """
+    order = torch.randperm(size // together, generator=generator, device=generator.device)
+    for part in order.tensor_split(min(count, len(order))) if size else ():
+        yield (part[:, None] * together + torch.arange(together, device=part.device)).flatten()
 
 
-def micro_batches(size: int, micro: int | None) -> Iterator[slice]:
-    """Consecutive slices of at most ``micro`` rows (None: one slice of all)."""
-    step = micro or max(size, 1)
+def micro_batches(size: int, micro: int | None, together: int = 1) -> Iterator[slice]:
+    """Consecutive slices of at most ``micro`` rows (None: one slice of all), but of no fewer than ``together``, undivided."""
+    step = max(micro // together, 1) * together if micro else max(size, 1)
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))

@@ -296,8 +296,20 @@ def _refusals(config: RunConfig) -> Iterator[str]:
 # need of an algorithm -> the block of a stage that feeds it
 _FEEDS = {"rollout": "collect", "examples": "data"}
 # need of an algorithm -> what a policy's class must have
-_CAPABILITIES = {"likelihood": ("evaluate", "pack"), "critic": ("value",), "examples": ("supervised_loss",)}
-_NOUNS = {"likelihood": "log-probabilities", "critic": "a critic", "examples": "a supervised loss"}
+_CAPABILITIES = {
+    "likelihood": ("evaluate", "pack"),
+    "critic": ("value",),
+    "examples": ("supervised_loss",),
+    "velocity": ("velocity", "clean", "examine"),
+    "means": ("gives_means",),
+}
+_NOUNS = {
+    "likelihood": "log-probabilities",
+    "critic": "a critic",
+    "examples": "a supervised loss",
+    "velocity": "a velocity field",
+    "means": "denoising steps with means, and log-probabilities that are means over a step's numbers",
+}
 
 
 def _blocks(config: RunConfig, stage: StageConfig) -> Iterator[str]:
@@ -343,7 +355,9 @@ def _lacks(policy: Component, changes: dict[str, Any]) -> dict[str, tuple[str, s
 
 
 def _needs(stage: StageConfig) -> frozenset[str]:
-    return stage.algorithm.cls.needs  # type: ignore[attr-defined]
+    """What the stage's algorithm asks for: always, and as it is configured (a static ``asks(config)``)."""
+    cls: Any = stage.algorithm.cls
+    return cls.needs | (cls.asks(stage.algorithm.config) if hasattr(cls, "asks") else frozenset())
 
 
 def _sizes(config: RunConfig, stage: StageConfig) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,11 +20,21 @@ from mmrl.conversing import ToolWatch, talk_metrics
 from mmrl.errors import ConfigError
 from mmrl.keeping import Keeper
 from mmrl.optim import Optimization
-from mmrl.protocols import AdaptivePolicy, Environment, ExampleSource, SelectiveAlgorithm
+from mmrl.protocols import (
+    AdaptivePolicy,
+    Environment,
+    ExampleSource,
+    MeansAlgorithm,
+    SchedulingPolicy,
+    SelectiveAlgorithm,
+    StatefulAlgorithm,
+    VelocityAlgorithm,
+)
 from mmrl.refilling import Gathered, counted, gather_rollout
 from mmrl.rewarding import Scorer
 from mmrl.rollout import Collector, episode_metrics
 from mmrl.seeding import Streams, derive_seed
+from mmrl.snapshots import Snapshot
 from mmrl.types import Rollout
 from mmrl.updates import MetricMerger, RolloutUpdate, SupervisedTerm, SupervisedUpdate
 
@@ -119,6 +130,7 @@ class RolloutLearner(Learner):
             device=setting.device,
             group_size=algorithm.group_size,
             auto_reset=reset,
+            keep_means=_uses_means(algorithm),
         )
         # Another seed of the run, and another stage, means other tasks.
         self._collector.next_task = derive_seed(setting.streams.seed, "tasks", setting.index) % 2**40 + 2**32
@@ -129,6 +141,7 @@ class RolloutLearner(Learner):
         self._note = setting.note
         supervised = _supervised(setting)  # may give the policy its statistics, so before the reference copies it
         self._reference = policy.reference() if algorithm.uses_reference else None
+        self._snapshots = _snapshots(algorithm, policy)
         self.optimization = setting.optimization(config.iterations * algorithm.epochs * algorithm.minibatches)
         self._update = RolloutUpdate(
             policy,
@@ -140,10 +153,16 @@ class RolloutLearner(Learner):
             config.micro_batch,
             supervised,
             self._reference,
+            setting.streams.get("rows", setting.device),
+            **self._snapshots,
         )
 
     def iterate(self, iteration: int) -> dict[str, float]:
         times = [time.perf_counter()]
+        if isinstance(self._policy, SchedulingPolicy):
+            self._policy.at_iteration(iteration)
+        for snapshot in self._snapshots.values():
+            snapshot.follow(iteration)
         played, reward = self._gather()
         times.append(time.perf_counter())
         batch, advantages = self._update.prepare(played.rollout)
@@ -177,7 +196,9 @@ class RolloutLearner(Learner):
 
         def collect() -> Rollout:
             nonlocal seconds
-            rollout = self._collector.collect(self._policy, self._value)
+            behaviour = self._snapshots.get("behaviour")
+            with nullcontext() if behaviour is None else behaviour.worn():
+                rollout = self._collector.collect(self._policy, self._value)
             started = time.perf_counter()
             scored, metrics = self._scorer.score(rollout)
             rewards.add(metrics)
@@ -196,8 +217,17 @@ class RolloutLearner(Learner):
         sums = {f"rollout/{name}": number for name, number in played.metrics.items()}
         return replace(played, metrics={**sums, **talk, **rewards.result()}), seconds
 
+    def _kept(self) -> dict[str, Any]:
+        """What goes into a section of its own of a checkpoint."""
+        kept: dict[str, Any] = dict(self._snapshots)
+        if self._reference is not None:
+            kept["reference"] = self._reference
+        if isinstance(self._update.algorithm, StatefulAlgorithm):
+            kept["algorithm"] = self._update.algorithm
+        return kept
+
     def sections(self) -> dict[str, Mapping[str, Tensor]]:
-        return {} if self._reference is None else {"reference": self._reference.state_dict()}
+        return {name: part.state_dict() for name, part in self._kept().items()}
 
     def meta(self) -> dict[str, Any]:
         return {"next_task": self._collector.next_task, "tool_watch": self._watch.state()}
@@ -206,12 +236,23 @@ class RolloutLearner(Learner):
         self._collector.next_task = int(meta["next_task"])
         if "tool_watch" in meta:  # runs that are older have none
             self._watch.restore(meta["tool_watch"])
-        if self._reference is not None:
-            self._reference.load_state_dict(sections["reference"])
+        for name, part in self._kept().items():
+            part.load_state_dict(sections[name])
 
     def close(self) -> None:
         for environment in self._environments:
             environment.close()
+
+
+def _uses_means(algorithm: Any) -> bool:
+    return isinstance(algorithm, MeansAlgorithm) and algorithm.uses_means
+
+
+def _snapshots(algorithm: Any, policy: Any) -> dict[str, Snapshot]:
+    if not isinstance(algorithm, VelocityAlgorithm):
+        return {}
+    decays = {"behaviour": algorithm.behaviour, "average": algorithm.average}
+    return {name: Snapshot(policy, decay) for name, decay in decays.items() if decay is not None}
 
 
 _LEARNERS: dict[str, Callable[[Setting], Learner]] = {"rollout": RolloutLearner, "examples": ExampleLearner}
@@ -263,7 +304,7 @@ def _supervised(setting: Setting) -> SupervisedTerm | None:
 
 # Metric names get the group under which the report and TensorBoard show them.
 _GROUPS = {
-    "loss": ("loss", "policy_loss", "value_loss", "supervised_loss", "flow_matching"),
+    "loss": ("loss", "policy_loss", "value_loss", "supervised_loss", "flow_matching", "auxiliary_loss"),
     "update": ("grad_norm", "skipped", "updates", "stopped_by_kl"),
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}

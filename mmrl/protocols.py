@@ -162,6 +162,15 @@ class LikelihoodPolicy(Policy, Protocol):
 
 
 @runtime_checkable
+class SchedulingPolicy(Protocol):
+    """What it draws at random, or trains, changes in the course of a stage."""
+
+    def at_iteration(self, iteration: int) -> None:
+        """Told before the rollout of each iteration of a stage, counted from 0; after a resume too."""
+        ...
+
+
+@runtime_checkable
 class EnginePolicy(Protocol):
     """Another program may decide for it, with the same weights and slightly other arithmetic."""
 
@@ -237,6 +246,14 @@ class VelocityPolicy(Policy, Protocol):
 
     Times and velocities as in ``mmrl.numerics.flow``: t = 1 is noise, v = noise - x0.
     """
+
+    def pack(self, rollout: Rollout) -> Packing:
+        """As a LikelihoodPolicy's."""
+        ...
+
+    def reference(self) -> VelocityPolicy:
+        """As a LikelihoodPolicy's."""
+        ...
 
     def clean(self, trace: Trace) -> Tensor:
         """What the N decisions of a trace ended in, before it was decoded: x0 [N, ...], without gradients."""
@@ -314,12 +331,22 @@ class EpisodeSink(Protocol):
     def finish(self) -> None: ...
 
 
+@runtime_checkable
+class VelocityField(Protocol):
+    """What ``VelocityPolicy.velocity`` is, of weights that are not trained; without gradients."""
+
+    def velocity(self, trace: Trace, x_t: Tensor, t_N: Tensor, *, guidance: float | None = None) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class LossContext:
     """What a micro-batch's loss must know of its surroundings.
 
     units, decisions, samples: those trained in the whole mini-batch - dividing by them, not by its own, makes micro-batch losses
     add up. iteration: of the stage, from 0. advantage_mean, advantage_std (unbiased): over the decisions of the whole mini-batch.
+    For a VelocityAlgorithm also: rows, all samples of the mini-batch, for where velocities are compared it does not matter which
+    units are trained; draws, random numbers for each row of the micro-batch; and the fields of other weights: reference, of the
+    policy the stage started from, behaviour, of the policy that collected, average, a running average. None: not asked for.
     """
 
     units: int
@@ -328,6 +355,11 @@ class LossContext:
     iteration: int
     advantage_mean: float = 0.0
     advantage_std: float = 1.0
+    rows: int = 1
+    draws: Draws | None = None
+    reference: VelocityField | None = None
+    behaviour: VelocityField | None = None
+    average: VelocityField | None = None
 
 
 @dataclass(frozen=True)
@@ -347,7 +379,7 @@ class Advantages:
 class Algorithm(Protocol):
     """Turns what was collected into a loss. Built as ``cls(config)``. Knows no model class and no logger."""
 
-    needs: ClassVar[frozenset[str]]  # of {"rollout", "examples", "critic", "likelihood"}
+    needs: ClassVar[frozenset[str]]  # of {"rollout", "examples", "critic", "likelihood", "velocity"}
 
 
 @runtime_checkable
@@ -359,13 +391,49 @@ class RolloutAlgorithm(Algorithm, Protocol):
     max_kl: float | None  # leave the remaining updates of a rollout out once the approximate KL of one exceeds this
     group_size: int  # G episodes of one task; 1 where the algorithm compares nothing
     whole_episodes: bool  # whether it judges episodes as wholes, so that none may be cut by the end of the rollout
-    uses_reference: bool  # whether it reads the reference's log-probabilities, of the rollout or of a batch
+    uses_reference: bool  # whether it reads the reference: its log-probabilities, of the rollout or of a batch, or its velocity
 
     def advantages(self, rollout: Rollout) -> Advantages: ...
 
-    def loss(self, policy: LikelihoodPolicy, batch: Batch, context: LossContext) -> Loss:
+    def loss(self, policy: Any, batch: Batch, context: LossContext) -> Loss:
         """This micro-batch's share of the mini-batch's loss; shares add up to the loss of the whole mini-batch."""
         ...
+
+
+Decay = Callable[[int], float]  # iteration n of the stage -> how much of the average before it stays
+
+
+@runtime_checkable
+class VelocityAlgorithm(Protocol):
+    """A rollout algorithm that regresses the velocity of a VelocityPolicy and knows no log-probability.
+
+    Before the rollout of iteration n, an average becomes decay(n) of what it was and 1 - decay(n) of the weights as they are.
+    The first rollout is always that of the weights as they are.
+    """
+
+    together: int  # how many consecutive samples of a batch its loss must see at once
+    behaviour: Decay | None  # of the average that collects, LossContext.behaviour; 0: the policy as it is. None: neither
+    average: Decay | None  # of LossContext.average; None: there is none
+
+    def loss(self, policy: VelocityPolicy, batch: Batch, context: LossContext) -> Loss:
+        """As a RolloutAlgorithm's. Its metrics are shares as well, which are summed over the micro-batches."""
+        ...
+
+
+@runtime_checkable
+class MeansAlgorithm(Protocol):
+    """A rollout algorithm that may compare the means of Gaussian units."""
+
+    uses_means: bool  # whether it reads Batch.old_means_NKD, and with a reference, reference_means_NKD
+
+
+@runtime_checkable
+class StatefulAlgorithm(Protocol):
+    """A rollout algorithm that remembers something from one rollout to the next."""
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> Any: ...
 
 
 @runtime_checkable
@@ -388,7 +456,7 @@ class SupervisedAlgorithm(Algorithm, Protocol):
 
     batch_size: int
 
-    def loss(self, policy: SupervisedPolicy, examples: Examples | Talks, *, share: float, generator: torch.Generator) -> Loss:
+    def loss(self, policy: Any, examples: Examples | Talks, *, share: float, generator: torch.Generator) -> Loss:
         """``share`` is this micro-batch's part of the batch, so that shares add up to the whole batch's loss."""
         ...
 

@@ -29,6 +29,7 @@ from mmrl.types import Action, Decision, EpisodeRecord, Observation, Rollout, St
 
 ValueFunction = Callable[[Observation, Draws], Tensor]
 _ACTION, _VALUE = 0, 1  # what an episode's random numbers are for
+_BY_SLOT = ("_TB", "_TBK", "_TBKD")  # how the names of a rollout's fields end that hold the decisions of slots
 
 
 @dataclass
@@ -87,7 +88,8 @@ class Collector:
     The environments' slots, one environment's after the other's, are the slots of the rollout.
 
     seed: of the random numbers. group_size: consecutive slots of an environment that play the same task. auto_reset: start the
-    next task in a slot as soon as its episode ends (needs group_size 1). ``next_task`` is the only state; checkpoint it.
+    next task in a slot as soon as its episode ends (needs group_size 1). keep_means: keep the means of Gaussian units, where the
+    policy gives them; they are large. ``next_task`` is the only state; checkpoint it.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Collector:
         device: torch.device,
         group_size: int = 1,
         auto_reset: bool = True,
+        keep_means: bool = False,
     ) -> None:
         if auto_reset and group_size > 1:
             raise ValueError("auto_reset mixes episodes of different tasks into a group; use it with group_size 1")
@@ -107,7 +110,7 @@ class Collector:
                 raise ValueError(f"group_size is {group_size}, which does not divide the {environment.num_envs} environments")
         self.environments, self.decisions = environments, decisions
         self.seed, self.device = seed, device
-        self.group_size, self.auto_reset = group_size, auto_reset
+        self.group_size, self.auto_reset, self.keep_means = group_size, auto_reset, keep_means
         self.next_task = 0
 
     def take_tasks(self, count: int) -> Tensor:
@@ -165,7 +168,8 @@ class _Part:
         self._log.add(t, step, running_B, ended_B, self._tasks_B)
         self._ages_B = self._ages_B + 1
         final_values_B = self._values_of(step.observation, ended_B & step.truncated_B)
-        self._columns.append(_Column(decision, step, running_B, self._tasks_B, final_values_B, anchors_B))
+        kept = decision if self._collector.keep_means else replace(decision, means_BKD=None)
+        self._columns.append(_Column(kept, step, running_B, self._tasks_B, final_values_B, anchors_B))
         self._observe = lambda: step.observation
         if not self._collector.auto_reset:
             self._running_B = running_B & ~ended_B
@@ -244,12 +248,18 @@ def _assemble(columns: Sequence[_Column], last_values_B: Tensor, log: _EpisodeLo
         env_steps=sum(int((c.step.valid_BC & c.valid_B[:, None]).sum()) for c in columns),
         lost=len(log.lost),
         anchor_TB=None if columns[0].anchors_B is None else torch.stack([_anchors(c) for c in columns]),
+        means_TBKD=None if columns[0].decision.means_BKD is None else torch.stack([_means(c) for c in columns]),
     )
 
 
 def _anchors(column: _Column) -> Tensor:
     assert column.anchors_B is not None  # an environment gives keys always or never
     return column.anchors_B
+
+
+def _means(column: _Column) -> Tensor:
+    assert column.decision.means_BKD is not None  # a policy gives means always or never
+    return column.decision.means_BKD
 
 
 def _values(decision: Decision) -> Tensor:
@@ -274,7 +284,7 @@ def join(parts: Sequence[Rollout]) -> Rollout:
     tensors = {
         f.name: side_by_side([getattr(part, f.name) for part in parts])
         for f in fields(Rollout)
-        if f.name.endswith(("_TB", "_TBK")) and getattr(parts[0], f.name) is not None
+        if f.name.endswith(_BY_SLOT) and getattr(parts[0], f.name) is not None
     }
     before = [sum(part.rewards_TB.shape[1] for part in parts[:index]) for index in range(len(parts))]
     episodes = EpisodeRecord.concat([_shifted(part.episodes, slots) for part, slots in zip(parts, before, strict=True)])
@@ -303,7 +313,7 @@ def of_slots(rollout: Rollout, keep_B: Tensor) -> Rollout:
     tensors = {
         f.name: getattr(rollout, f.name)[:, index_N]
         for f in fields(Rollout)
-        if f.name.endswith(("_TB", "_TBK")) and getattr(rollout, f.name) is not None
+        if f.name.endswith(_BY_SLOT) and getattr(rollout, f.name) is not None
     }
     episodes = rollout.episodes.select(keep_B[played_B].nonzero()[:, 0])
     assert episodes.spans_M3 is not None

@@ -128,6 +128,8 @@ class Rollout:
     anchor_TB: a key of the state that each decision was made in (see Observation.anchors_B), None without.
     reference_log_probs_TBK: of the policy the stage started from, 0 where nobody reads it; None without.
     engine_log_probs_TBK: of the engine that drew the units, where it is not the policy that scores them; None: it is.
+    means_TBKD and reference_means_TBKD: of units that are Gaussian (see Decision.means_BKD), of the policy and of the reference,
+    kept for algorithms that compare them alone; else None.
     """
 
     trace: Trace
@@ -146,6 +148,8 @@ class Rollout:
     anchor_TB: Tensor | None = None
     reference_log_probs_TBK: Tensor | None = None
     engine_log_probs_TBK: Tensor | None = None
+    means_TBKD: Tensor | None = None
+    reference_means_TBKD: Tensor | None = None
 
     def __post_init__(self) -> None:
         t, b = self.rewards_TB.shape
@@ -156,6 +160,9 @@ class Rollout:
         for name in ("reference_log_probs_TBK", "engine_log_probs_TBK"):
             if getattr(self, name) is not None:
                 expect("Rollout", name, getattr(self, name), *self.log_probs_TBK.shape)
+        for name in ("means_TBKD", "reference_means_TBKD"):
+            if getattr(self, name) is not None:
+                expect("Rollout", name, getattr(self, name), *self.log_probs_TBK.shape, None)
         for name in ("values_TB", "next_values_TB", "valid_TB", "terminated_TB", "truncated_TB", "task_ids_TB"):
             expect("Rollout", name, getattr(self, name), t, b)
         for name, value in self.trace.items():
@@ -279,8 +286,8 @@ class Batch:
 
     A sample has J decisions (1, or those of a conversation) of K / J units each: unit k belongs to decision k // (K / J). So what
     is known of decisions reaches their units by ``per_unit``. mask_NK is False at units that are not trained, those of decisions
-    that are not there among them. old_values_NJ and returns_NJ are zero where the policy has no critic. engine_log_probs_NK: as
-    in a Rollout.
+    that are not there among them. old_values_NJ and returns_NJ are zero where the policy has no critic. engine_log_probs_NK,
+    old_means_NKD and reference_means_NKD: as in a Rollout.
 
     Worked example: N = 1 conversation of J = 2 turns, of at most 3 tokens each, the second of them cut after 2 tokens, gives
     mask_NK [[1, 1, 1, 1, 1, 0]] and with advantages_NJ [[0.5, -1.]] per unit [[0.5, 0.5, 0.5, -1., -1., -1.]].
@@ -295,6 +302,8 @@ class Batch:
     reference_log_probs_NK: Tensor | None = None
     unit_advantages_NK: Tensor | None = None
     engine_log_probs_NK: Tensor | None = None
+    old_means_NKD: Tensor | None = None
+    reference_means_NKD: Tensor | None = None
 
     def __post_init__(self) -> None:
         n, k = self.old_log_probs_NK.shape
@@ -308,6 +317,9 @@ class Batch:
         for name in ("reference_log_probs_NK", "unit_advantages_NK", "engine_log_probs_NK"):
             if getattr(self, name) is not None:
                 expect("Batch", name, getattr(self, name), n, k)
+        for name in ("old_means_NKD", "reference_means_NKD"):
+            if getattr(self, name) is not None:
+                expect("Batch", name, getattr(self, name), n, k, None)
         for name, value in self.trace.items():
             expect("Batch", f"trace[{name!r}]", value, n)
 
@@ -317,7 +329,8 @@ class Batch:
     @property
     def trained_NJ(self) -> Tensor:
         """Decisions of which some unit is trained."""
-        return self.mask_NK.unflatten(1, (self.advantages_NJ.shape[1], -1)).any(2)
+        j = self.advantages_NJ.shape[1]
+        return self.mask_NK.unflatten(1, (j, self.mask_NK.shape[1] // j)).any(2)
 
     @property
     def advantages_NK(self) -> Tensor:

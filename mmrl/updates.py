@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmrl.batching import make_batch, micro_batches, minibatch_indices
 from mmrl.numerics import masked
+from mmrl.numerics.draws import Draws, random_keys
 from mmrl.optim import Optimization
 from mmrl.protocols import (
     Advantages,
@@ -26,7 +27,10 @@ from mmrl.protocols import (
     RolloutAlgorithm,
     SelectiveAlgorithm,
     SupervisedAlgorithm,
+    VelocityAlgorithm,
+    VelocityPolicy,
 )
+from mmrl.snapshots import Frozen, Snapshot
 from mmrl.types import Batch, Examples, Loss, Rollout, Talks, gather
 
 Merge = Callable[[Iterable[float]], float]
@@ -39,10 +43,13 @@ _OVER_UPDATES: dict[str, Merge] = {**_EXTREMES, "skipped": sum}
 
 
 class MetricMerger:
-    """Averages what several micro-batches or updates report, weighted, but for the metrics that ``merges`` treats otherwise."""
+    """Averages what several micro-batches or updates report, weighted, but for the metrics that ``merges`` treats otherwise.
 
-    def __init__(self, merges: Mapping[str, Merge]) -> None:
-        self._merges = merges
+    merge: how all the metrics are merged that ``merges`` does not name, instead of being averaged.
+    """
+
+    def __init__(self, merges: Mapping[str, Merge], merge: Merge | None = None) -> None:
+        self._merges, self._merge = merges, merge
         self._values: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
     def add(self, metrics: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
@@ -52,7 +59,7 @@ class MetricMerger:
     def result(self) -> dict[str, float]:
         merged = {}
         for name, entries in self._values.items():
-            merge, total = self._merges.get(name), sum(weight for _, weight in entries)
+            merge, total = self._merges.get(name, self._merge), sum(weight for _, weight in entries)
             merged[name] = merge(v for v, _ in entries) if merge else sum(v * w for v, w in entries) / max(total, 1e-12)
         return merged
 
@@ -106,7 +113,7 @@ class SupervisedTerm:
 class RolloutUpdate:
     """Everything an update from rollouts needs; ``run`` makes the updates of one iteration."""
 
-    policy: LikelihoodPolicy
+    policy: Any
     algorithm: RolloutAlgorithm
     optimization: Optimization
     minibatch_generator: torch.Generator
@@ -114,7 +121,10 @@ class RolloutUpdate:
     iterations: int
     micro_batch: int | None = None
     supervised: SupervisedTerm | None = None
-    reference: LikelihoodPolicy | None = None
+    reference: Any = None
+    rows_generator: torch.Generator = field(default_factory=torch.Generator)
+    behaviour: Snapshot | None = None
+    average: Snapshot | None = None
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout) -> tuple[Batch, Advantages]:
@@ -123,11 +133,13 @@ class RolloutUpdate:
         Where an engine drew that is not the policy, the policy's own log-probabilities take the place of the engine's.
         """
         read_TB = self._read(rollout)
-        if isinstance(self.policy, EnginePolicy) and self.policy.rescores:
-            own_TBK = self._score(rollout, self.policy, read_TB)
-            rollout = replace(rollout, log_probs_TBK=own_TBK, engine_log_probs_TBK=rollout.log_probs_TBK)
-        if self.reference is not None:
-            rollout = replace(rollout, reference_log_probs_TBK=self._score(rollout, self.reference, read_TB))
+        policy = self.policy
+        if isinstance(policy, EnginePolicy) and policy.rescores:
+            own = self._score(rollout, self.policy, read_TB)
+            rollout = replace(rollout, log_probs_TBK=own.log_probs_TBK, engine_log_probs_TBK=rollout.log_probs_TBK)
+        if self.reference is not None and not isinstance(self.algorithm, VelocityAlgorithm):
+            scores = self._score(rollout, self.reference, read_TB)
+            rollout = replace(rollout, reference_log_probs_TBK=scores.log_probs_TBK, reference_means_TBKD=scores.means_TBKD)
         advantages = self.algorithm.advantages(rollout)
         return make_batch(rollout, advantages, self.policy), advantages
 
@@ -137,11 +149,12 @@ class RolloutUpdate:
             return rollout.valid_TB & self.algorithm.taught(rollout)
         return rollout.valid_TB
 
-    def _score(self, rollout: Rollout, policy: LikelihoodPolicy, read_TB: Tensor) -> Tensor:
-        """The log-probabilities [T, B, K] of ``policy``, 0 in samples that nobody reads."""
+    def _score(self, rollout: Rollout, policy: LikelihoodPolicy, read_TB: Tensor) -> _Scores:
+        """What ``policy`` says of all decisions; 0 in samples that nobody reads."""
         packing, (t, b, k) = self.policy.pack(rollout), rollout.log_probs_TBK.shape
         rows_N = gather(read_TB, packing.index_NJ).any(1).nonzero()[:, 0]
         scores_MK = rollout.log_probs_TBK.new_zeros(t * b, k)
+        means_MKD = None if rollout.means_TBKD is None else torch.zeros_like(rollout.means_TBKD).flatten(0, 1)
         with policy.compute_mode(train=False):
             for piece in micro_batches(len(rows_N), self.micro_batch):
                 rows = rows_N[piece]
@@ -150,7 +163,10 @@ class RolloutUpdate:
                 there_NJ = places_NJ >= 0
                 units_NJK = scored.log_probs_NK.unflatten(1, (-1, k))
                 scores_MK[places_NJ[there_NJ]] = units_NJK[there_NJ].to(scores_MK.dtype)
-        return scores_MK.reshape(t, b, k)
+                if means_MKD is not None and scored.means_NKD is not None:
+                    means_NJKD = scored.means_NKD.unflatten(1, (-1, k))
+                    means_MKD[places_NJ[there_NJ]] = means_NJKD[there_NJ].to(means_MKD.dtype)
+        return _Scores(scores_MK.reshape(t, b, k), None if means_MKD is None else means_MKD.unflatten(0, (t, b)))
 
     def run(self, batch: Batch, iteration: int) -> dict[str, float]:
         """Epochs of updates; ends early, as counted in ``updates``, once an update's approximate KL exceeds its bound.
@@ -163,7 +179,8 @@ class RolloutUpdate:
             metrics = self._update(batch.select(index), iteration)
             if not first_gap:
                 # Only the first update scores with the weights the rollout was made with.
-                first_gap = {f"log_prob_mismatch{end}": metrics[f"log_prob_gap{end}"] for end in ("", "_max")}
+                ends = [end for end in ("", "_max") if f"log_prob_gap{end}" in metrics]
+                first_gap = {f"log_prob_mismatch{end}": metrics[f"log_prob_gap{end}"] for end in ends}
             merger.add({name: value for name, value in metrics.items() if not name.startswith("log_prob_gap")})
             updates += 1
             stopped = self.algorithm.max_kl is not None and metrics["approx_kl"] > self.algorithm.max_kl
@@ -173,24 +190,25 @@ class RolloutUpdate:
 
     def _minibatches(self, size: int) -> Iterator[Tensor]:
         for _ in range(self.algorithm.epochs):
-            yield from minibatch_indices(size, self.algorithm.minibatches, self.minibatch_generator)
+            yield from minibatch_indices(size, self.algorithm.minibatches, self.minibatch_generator, self._together)
+
+    @property
+    def _together(self) -> int:
+        return self.algorithm.together if isinstance(self.algorithm, VelocityAlgorithm) else 1
 
     def _update(self, batch: Batch, iteration: int) -> dict[str, float]:
-        trained = batch.mask_NK
-        sampled, advantages = batch.trained_NJ, batch.advantages_NJ
-        context = LossContext(
-            units=max(int(trained.sum()), 1),
-            samples=max(int(trained.any(1).sum()), 1),
-            decisions=max(int(sampled.sum()), 1),
-            iteration=iteration,
-            advantage_mean=float(masked.mean(advantages, sampled)),
-            advantage_std=float(masked.std(advantages, sampled)),
-        )
+        context, keys_N = self._context(batch, iteration), None
         merger = MetricMerger(_OVER_MICRO_BATCHES)
+        if isinstance(self.algorithm, VelocityAlgorithm):
+            merger = MetricMerger({}, sum)
+            # A key for each row: what it draws must not depend on the micro-batch it is in.
+            keys_N = random_keys(len(batch), self.rows_generator)
         self.optimization.zero_grad()
         with self.policy.compute_mode(train=True):
-            for piece in micro_batches(len(batch), self.micro_batch):
+            for piece in micro_batches(len(batch), self.micro_batch, self._together):
                 part = _rows(batch, piece)
+                if keys_N is not None:
+                    context = replace(context, draws=Draws(keys_N[piece]))
                 loss = self.algorithm.loss(self.policy, part, context)
                 loss.value.backward()
                 weights = {name: part.trained_NJ.sum() for name in _DECISION_MEANS}
@@ -201,6 +219,26 @@ class RolloutUpdate:
                 merger.add(self.supervised.backward(self.policy, self.supervised_generator, weight, self.micro_batch))
         metrics = merger.result()
         return metrics | _step(self.optimization, self.policy, metrics["loss"])
+
+    def _context(self, batch: Batch, iteration: int) -> LossContext:
+        trained, sampled, advantages = batch.mask_NK, batch.trained_NJ, batch.advantages_NJ
+        return LossContext(
+            units=max(int(trained.sum()), 1),
+            samples=max(int(trained.any(1).sum()), 1),
+            decisions=max(int(sampled.sum()), 1),
+            iteration=iteration,
+            advantage_mean=float(masked.mean(advantages, sampled)),
+            advantage_std=float(masked.std(advantages, sampled)),
+            rows=len(batch),
+            reference=Frozen(self.reference) if isinstance(self.reference, VelocityPolicy) else None,
+            behaviour=self.behaviour,
+            average=self.average,
+        )
+
+
+class _Scores(NamedTuple):
+    log_probs_TBK: Tensor
+    means_TBKD: Tensor | None
 
 
 @dataclass

@@ -34,13 +34,13 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from mmrl.algorithms.credit import CREDITS, Episodes
+from mmrl.algorithms.credit import CREDITS, Credit, Episodes
 from mmrl.algorithms.policy_gradient import PolicyGradientConfig, penalised, policy_loss, reference_penalty
 from mmrl.numerics.advantages import overlong_penalty, standardize
 from mmrl.protocols import Advantages, LikelihoodPolicy, LossContext
 from mmrl.types import Batch, Loss, Rollout
 
-EPS = 1e-6  # added to standard deviations, and the spread below which returns are alike
+EPS = 1e-6  # the spread below which returns are alike
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -75,6 +75,8 @@ class GRPO:
         """Episodes per task (G); must divide the stage's ``collect.num_envs``. At least 2, but for baseline: none."""
         scale: Literal["group_std", "batch_std", "whiten", "none"] = "group_std"
         """What centred returns are divided by; whiten: all units' advantages get mean 0 and deviation 1 together."""
+        eps: float = Field(default=1e-6, ge=0)
+        """Added to the deviation they are divided by."""
         baseline: Literal["mean", "leave_one_out", "none"] = "mean"
         """The group's mean, the mean of the other episodes (RLOO), or nothing (REINFORCE)."""
         credit: Literal["episode", "turn", "gigpo"] = "episode"
@@ -137,13 +139,7 @@ class GRPO:
         overlong_B = self._overlong(rollout)
         rewards_TB = penalised(rollout.rewards_TB, penalty_TBK) + _at_the_end(overlong_B, rollout.valid_TB)
         episodes = self._episodes(rollout, rewards_TB, groups.complete_P)
-        advantages_TB, metrics = CREDITS[config.credit](
-            episodes,
-            scale="none" if config.scale == "whiten" else config.scale,
-            baseline=config.baseline,
-            step_weight=config.step_weight,
-            eps=EPS,
-        )
+        advantages_TB, metrics = self._credit(rollout, episodes)
         units_TBK = self._units(rollout, advantages_TB, penalty_TBK, keep_TB)
         punished = {} if config.overlong is None else {"episodes_overlong": float((overlong_B < 0).float().mean())}
         return Advantages(
@@ -152,6 +148,17 @@ class GRPO:
 
     def loss(self, policy: LikelihoodPolicy, batch: Batch, context: LossContext) -> Loss:
         return policy_loss(self.config, policy.evaluate(batch.trace), batch, context)
+
+    def _credit(self, rollout: Rollout, episodes: Episodes) -> Credit:
+        """What each decision was worth."""
+        config = self.config
+        return CREDITS[config.credit](
+            episodes,
+            scale="none" if config.scale == "whiten" else config.scale,
+            baseline=config.baseline,
+            step_weight=config.step_weight,
+            eps=config.eps,
+        )
 
     def _episodes(self, rollout: Rollout, rewards_TB: Tensor, complete_P: Tensor) -> Episodes:
         return Episodes(rewards_TB * rollout.valid_TB, rollout.valid_TB, rollout.anchor_TB, complete_P, self.config.gamma)
@@ -171,7 +178,7 @@ class GRPO:
         if penalty_TBK is not None and follows:
             units_TBK = units_TBK + (penalty_TBK.cumsum(2) - penalty_TBK)  # what was paid before a unit does not follow it
         if config.scale == "whiten":
-            return standardize(units_TBK, rollout.mask_TBK & keep_TB[..., None], eps=EPS)
+            return standardize(units_TBK, rollout.mask_TBK & keep_TB[..., None], eps=config.eps)
         return units_TBK if follows else None
 
     def _groups(self, rollout: Rollout) -> _Groups:

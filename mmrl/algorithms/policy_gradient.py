@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, Self
 
+import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -116,13 +117,28 @@ def penalised(rewards_TB: Tensor, penalty_TBK: Tensor | None) -> Tensor:
     return rewards_TB if penalty_TBK is None else rewards_TB - penalty_TBK.sum(2).to(rewards_TB.dtype)
 
 
-def policy_loss(config: PolicyGradientConfig, scored: Evaluation, batch: Batch, context: LossContext) -> Loss:
-    """This micro-batch's share of L_policy."""
+def policy_loss(
+    config: PolicyGradientConfig,
+    scored: Evaluation,
+    batch: Batch,
+    context: LossContext,
+    *,
+    log_ratio_NK: Tensor | None = None,
+    weights_NK: Tensor | None = None,
+    kl_NK: Tensor | None = None,
+) -> Loss:
+    """This micro-batch's share of L_policy.
+
+    log_ratio_NK: what takes the place of log p - log p_old in the surrogate. weights_NK: what each unit's surrogate is multiplied
+    by. kl_NK: the KL from the reference, where it is known and need not be estimated. None: nothing of the kind.
+    """
     mask, normalizer = batch.mask_NK, _NORMALIZERS[config.reduce](config, context)
     weights, engine_metrics = _importance(config, batch)
+    if weights_NK is not None:
+        weights = weights_NK if weights is None else weights * weights_NK
     surrogate = clipped_surrogate(
-        scored.log_probs_NK,
-        batch.old_log_probs_NK,
+        scored.log_probs_NK if log_ratio_NK is None else log_ratio_NK,
+        batch.old_log_probs_NK if log_ratio_NK is None else torch.zeros_like(batch.old_log_probs_NK),
         batch.advantages_NK,
         mask,
         clip_low=config.clip_low,
@@ -139,7 +155,7 @@ def policy_loss(config: PolicyGradientConfig, scored: Evaluation, batch: Batch, 
     metrics: dict[str, Tensor | float] = {**surrogate.metrics, **engine_metrics}
     metrics |= {"policy_loss": surrogate.value.detach(), "entropy": entropy.detach()}
     if batch.reference_log_probs_NK is not None:
-        kl = kl_estimate(scored.log_probs_NK, batch.reference_log_probs_NK, kind=config.kl_kind)
+        kl = kl_NK if kl_NK is not None else kl_estimate(scored.log_probs_NK, batch.reference_log_probs_NK, kind=config.kl_kind)
         metrics["kl_reference"] = masked.sum(kl, mask).detach() / context.units
         if config.kl_corrected:
             kl = kl * masked.fill(scored.log_probs_NK - batch.old_log_probs_NK, mask).exp()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from mmrl.numerics import masked
 
@@ -84,6 +85,21 @@ _SCALES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "batch_std": lambda centred_PG, rewards_PG, eps: centred_PG / (rewards_PG.std() + eps),
     "none": lambda centred_PG, rewards_PG, eps: centred_PG,
 }
+
+
+@torch.no_grad()
+def extremes(rewards_PG: Tensor, *, worst: bool) -> Tensor:
+    """1 for the best of each group and 0 for the others, as if only the best were imitated: [P, G]; who shares it has it too.
+
+    worst: as if the best were preferred to the worst: 1 for the first of the best, -1 for the first of the worst, 0 for a group
+    whose rewards are all the same.
+    """
+    best_PG = rewards_PG == rewards_PG.amax(1, keepdim=True)
+    if not worst:
+        return best_PG.to(rewards_PG.dtype)
+    size = rewards_PG.shape[1]
+    first, last = (one_hot(rewards_PG.argmax(1), size), one_hot(rewards_PG.argmin(1), size))
+    return (first - last).to(rewards_PG.dtype)
 
 
 @torch.no_grad()

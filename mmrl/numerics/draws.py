@@ -81,3 +81,8 @@ class Draws:
         self._drawn += count
         bits = _BITS[dtype]
         return shift(mix(self.keys_B[:, None] + index * GOLDEN), 64 - bits).to(dtype) * 2.0**-bits
+
+
+def random_keys(rows: int, generator: torch.Generator) -> Tensor:
+    """A key for each of so many rows: int64 [rows], on the generator's device."""
+    return torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator, device=generator.device)

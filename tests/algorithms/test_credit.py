@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from mmrl.algorithms.grpo import EPS, GRPO
+from mmrl.algorithms.grpo import GRPO
 from mmrl.algorithms.ppo import PPO
 from mmrl.batching import make_batch
 from mmrl.errors import ConfigError
@@ -101,7 +101,7 @@ class Twin:
             return 0.0
         others = (sum(peers) - value) / (len(peers) - 1)
         centred = value - (others if self.config.baseline == "leave_one_out" else fmean(peers))
-        spread = {"group_std": stdev(peers) + EPS, "batch_std": stdev(everything) + EPS}
+        spread = {"group_std": stdev(peers) + 1e-6, "batch_std": stdev(everything) + 1e-6}
         return centred / spread.get(self.config.scale, 1.0)
 
     def of_episode(self, b: int) -> float:
@@ -132,7 +132,7 @@ class Twin:
         worth = {(t, b, k): self.unit(t, b, k) for t, b in self.decisions for k in self.units(t, b)}
         if self.config.scale == "whiten":
             mean, std = fmean(worth.values()), stdev(worth.values())
-            worth = {place: (value - mean) / (std + EPS) for place, value in worth.items()}
+            worth = {place: (value - mean) / (std + 1e-6) for place, value in worth.items()}
         return worth
 
 
