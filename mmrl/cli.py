@@ -157,6 +157,15 @@ def check_policy(config: Config, overrides: Overrides = None) -> None:
         raise typer.Exit(EXIT_FAILED)
 
 
+@app.command("serve-rewards")
+def serve_rewards(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/serve_rewards.yaml.")],
+    overrides: Overrides = None,
+) -> None:
+    """Offer the rewards of CONFIG over HTTP, to ``mmrl.rewards.remote:Remote`` on this or another machine, until interrupted."""
+    _commands().serve_rewards(config, overrides or [], typer.echo)
+
+
 @app.command("show-config")
 def show_config(config: Config, overrides: Overrides = None) -> None:
     """Print CONFIG as it would run: every field, its value and what it means."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mmrl import collecting, conformance, doctor, measuring, normalisation, playback, progress, report, trainer
+from mmrl import collecting, conformance, doctor, measuring, normalisation, playback, progress, report, serving, trainer
 from mmrl import config as configuration
 from mmrl.describe import describe
 from mmrl.errors import ConfigError
@@ -80,6 +80,11 @@ def build_report(folder: Path) -> Path:
 
 def show_config(config: Path, overrides: Sequence[str]) -> str:
     return describe(configuration.load(config, overrides))
+
+
+def serve_rewards(config: Path, overrides: Sequence[str], say: Callable[[str], None]) -> None:
+    """Answer until the process is told to end."""
+    serving.serve(configuration.load_as(serving.ServingConfig, config, overrides), say)
 
 
 def check_policy(config: Path, overrides: Sequence[str]) -> bool:

@@ -1,6 +1,6 @@
-"""Image generators as policies: diffusers' own pipelines (Stable Diffusion 3, FLUX, Sana, Qwen-Image, ...), learning from rewards.
+"""Image generators as policies: diffusers' own pipelines (Stable Diffusion 3, FLUX, Sana, Qwen-Image) that learn from rewards.
 
-The observation is a prompt (to edit: with a picture), the action a picture, and the units are those denoising steps that are drawn
+The observation is a prompt (to edit: with a picture), the action a picture, and the units are the denoising steps that are drawn
 at random: Flow-GRPO's SDE (arXiv 2505.05470), CPS (2509.05952), DanceGRPO's constant noise (2505.07818), or DDIM with noise for
 networks that predict noise (DDPO, 2305.13301). Text encoding, latents, VAE and times are diffusers'; a family
 (``diffusion_families``) says how a pipeline's parts are called.

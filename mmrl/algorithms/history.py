@@ -8,6 +8,7 @@ Before a prompt has ``min_count`` of them, mean and deviation are those of the w
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -20,13 +21,9 @@ from mmrl.transcripts import Transcript
 
 def prompt_key(transcript: Transcript) -> int:
     """A number for what was asked, text and pictures: int64, the same in every process."""
-    digest = hashlib.sha256()
-    for part in transcript.question.parts:
-        content = (part.image.mode, str(part.image.size), part.image.tobytes()) if isinstance(part, Picture) else (part,)
-        for piece in content:
-            data = piece if isinstance(piece, bytes) else piece.encode()
-            digest.update(len(data).to_bytes(8, "little") + data)
-    return int.from_bytes(digest.digest()[:8], "little", signed=True)
+    parts = [part.key if isinstance(part, Picture) else part for part in transcript.question.parts]
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 class PromptHistory:

@@ -29,7 +29,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from mmrl.component import Component
 from mmrl.errors import ConfigError, MMRLError
-from mmrl.rewards.pictures import number
+from mmrl.rewards.pictures import Known, number, scores_conversations
 from mmrl.transcripts import Transcript
 from mmrl.workers.pool import WorkerPool
 from mmrl.workers.process import load
@@ -39,19 +39,9 @@ LOG = logging.getLogger("mmrl.rewards")
 
 
 def _whole(block: Component) -> Component:
-    if not any("__call__" in vars(base) for base in block.cls.__mro__):
+    if not scores_conversations(block.cls):
         raise ValueError(f"{block.target} gives no score to a whole conversation; name a reward that does")
     return block
-
-
-@dataclass(frozen=True)
-class Known:
-    """A question's check in another process: the mark of the one answer that there is."""
-
-    mark: float
-
-    def __call__(self, answer: str) -> float:
-        return self.mark
 
 
 @dataclass

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
 from PIL import Image
 
 from mmrl.transcripts import Question, Transcript
+
+
+@dataclass(frozen=True)
+class Known:
+    """A question's check in another process: the mark of the one answer that there is."""
+
+    mark: float
+
+    def __call__(self, answer: str) -> float:
+        return self.mark
+
+
+def scores_conversations(kind: type) -> bool:
+    """Whether a reward's class gives a score to a whole conversation; every class can be called, so ``callable`` does not say."""
+    return any("__call__" in vars(base) for base in kind.__mro__)
 
 
 def generated(transcript: Transcript) -> Image.Image | None:

@@ -9,13 +9,14 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
 from mmrl.errors import MMRLError
 from policies.shared.checkpoints import find_file, first_line
 
+_LIBRARIES: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
+_DIFFUSERS: Any = diffusers
 _FAILURES = (OSError, ValueError, RuntimeError, TypeError, SafetensorError)
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
 
@@ -23,7 +24,7 @@ VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
 def pipeline_name(checkpoint: str) -> str:
     """The class of the checkpoint's pipeline."""
     try:
-        return str(DiffusionPipeline.load_config(checkpoint)["_class_name"])
+        return str(_DIFFUSERS.DiffusionPipeline.load_config(checkpoint)["_class_name"])
     except (*_FAILURES, KeyError) as error:
         reason = f"is no checkpoint in diffusers' format ({first_line(error)})"
         raise MMRLError(f"policy.checkpoint = {checkpoint}: {reason}") from error
@@ -31,11 +32,14 @@ def pipeline_name(checkpoint: str) -> str:
 
 def load_pipeline(checkpoint: str, weights: str, dtype: torch.dtype, seed: int) -> Any:
     """``pretrained``: diffusers' own loader, safetensors only. ``random``: see ``fresh_pipeline``."""
-    cls: Any = getattr(diffusers, pipeline_name(checkpoint))
+    cls = getattr(_DIFFUSERS, pipeline_name(checkpoint))
     try:
         if weights == "random":
             return fresh_pipeline(cls, checkpoint, dtype, seed)
-        return cls.from_pretrained(checkpoint, torch_dtype=dtype, use_safetensors=True)
+        # Parts that the checkpoint does without, such as SD3's T5, must be named: diffusers would miss them otherwise.
+        index = _DIFFUSERS.DiffusionPipeline.load_config(checkpoint)
+        absent = {name: None for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is None}
+        return cls.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True, **absent)
     except _FAILURES as error:
         raise MMRLError(f"policy.checkpoint = {checkpoint}: cannot be loaded ({first_line(error)})") from error
 
@@ -46,14 +50,14 @@ def fresh_pipeline(cls: Any, checkpoint: str, dtype: torch.dtype, seed: int) -> 
     A VAE is trained before the rest and then left alone, so the folder of an architecture may hold one that is ready.
     """
     parts: dict[str, Any] = {}
-    for name, entry in DiffusionPipeline.load_config(checkpoint).items():
+    for name, entry in _DIFFUSERS.DiffusionPipeline.load_config(checkpoint).items():
         if name.startswith("_") or not isinstance(entry, list | tuple):
             continue
         library, class_name = entry
         if library is None:
             parts[name] = None
             continue
-        part: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
+        part = getattr(_LIBRARIES[library], class_name)
         if not issubclass(part, nn.Module):
             parts[name] = part.from_pretrained(_place(checkpoint, name), **_subfolder(checkpoint, name))
             continue
@@ -63,11 +67,11 @@ def fresh_pipeline(cls: Any, checkpoint: str, dtype: torch.dtype, seed: int) -> 
     return cls(**parts)
 
 
-def _fresh(part: Any, checkpoint: str, name: str, dtype: torch.dtype) -> nn.Module:
+def _fresh(part: Any, checkpoint: str, name: str, dtype: torch.dtype) -> Any:
     where = _subfolder(checkpoint, name)
     if name == "vae" and find_file(checkpoint, VAE_FILE) is not None:
-        return part.from_pretrained(_place(checkpoint, name), torch_dtype=dtype, **where)
-    if issubclass(part, ModelMixin):
+        return part.from_pretrained(_place(checkpoint, name), dtype=dtype, **where)
+    if issubclass(part, _DIFFUSERS.ModelMixin):
         module = part.from_config(part.load_config(_place(checkpoint, name), **where))
         if name != "vae":
             _begin_at_nothing(module)
