@@ -201,7 +201,7 @@ def test_the_deviation_is_that_of_all_returns_and_advantages_are_bounded() -> No
 
 
 def test_who_is_worth_nothing_is_left_out() -> None:
-    result = flow_grpo().advantages(rollout([0.0, 1.0, 0.5, 0.5] + [0.0, 1.0, 1.0, 0.0]))
+    result = flow_grpo().advantages(rollout([0.0, 1.0, 0.5, 0.5, 0.0, 1.0, 1.0, 0.0]))
     assert result.keep_TB[0].tolist() == [True, True, False, False, True, True, True, True]
 
 

@@ -21,7 +21,6 @@ from mmrl.updates import RolloutUpdate, SupervisedUpdate
 from tests.algorithms.flows import Aim, Examples, Field, Prompted
 from tests.core import tiny_run
 
-
 FAKES = {"fake:Field": Field, "fake:Aim": Aim, "fake:Prompted": Prompted, "fake:Examples": Examples}
 REAL = component.resolve
 

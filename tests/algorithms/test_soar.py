@@ -105,7 +105,7 @@ def test_without_further_points_it_is_sft(shown: Talks) -> None:
 
 
 def test_stochastic_paths_scatter_around_the_deterministic_one(shown: Talks) -> None:
-    """With cps the mean is the ODE's but for the shrunken noise estimate; further points of a path differ from those of another."""
+    """Without noise all paths are the deterministic one."""
     asked = Asked(Field())
     run(asked, shown, paths=3, points=2, path_rule="constant", path_noise=0.4)
     assert len(asked.calls) == 2 + 3 * 2
