@@ -303,6 +303,13 @@ def test_histories_need_conversations() -> None:
 
 
 def test_means_are_asked_for_only_where_they_are_read() -> None:
-    assert not flow_grpo().uses_means and not flow_grpo(kl_weight=0.1, kl_form="estimate").uses_means
-    assert flow_grpo(kl_weight=0.1).uses_means and flow_grpo(log_ratio="guard").uses_means
+    for fields, read in (
+        ({}, (False, False)),
+        ({"kl_weight": 0.1, "kl_form": "estimate"}, (False, False)),
+        ({"kl_weight": 0.1}, (False, True)),
+        ({"log_ratio": "guard"}, (True, False)),
+    ):
+        algorithm = flow_grpo(**fields)
+        assert (algorithm.uses_means, algorithm.uses_reference_means) == read
+        assert algorithm.asks(algorithm.flow) == (frozenset({"means"}) if any(read) else frozenset())
     assert flow_grpo(kl_weight=0.1).uses_reference and not flow_grpo(log_ratio="guard").uses_reference

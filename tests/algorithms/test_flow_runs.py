@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,40 @@ def test_a_snapshot_is_put_on_and_off_without_a_trace() -> None:
         torch.testing.assert_close(field.net.weight.detach(), first + 0.75)
         raise ZeroDivisionError
     assert torch.equal(field.net.weight.detach(), first + 1)
+
+
+class Single(Field):
+    """In float32, under autocast while it acts and trains, as on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.float()
+
+    def velocity(self, trace: Any, x_t: Tensor, t_N: Tensor, *, guidance: float | None = None) -> Tensor:
+        return self.net(torch.cat([x_t, t_N[:, None], trace["prompt"]], 1))
+
+    @contextmanager
+    def compute_mode(self, *, train: bool) -> Any:
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(train):
+            yield
+
+
+def test_autocast_mixes_up_no_weights() -> None:
+    """It keeps what it cast of a parameter: of the trained weights while the old ones are worn, and without gradients."""
+    field = Single()
+    snapshot = Snapshot(field, lambda iteration: 0.0)
+    trace, x_t, t_N = {"prompt": torch.randn(4, 2)}, torch.randn(4, 3), torch.rand(4)
+    with field.compute_mode(train=False):
+        old = field.velocity(trace, x_t, t_N)
+    with torch.no_grad():
+        field.net.weight += 1
+    with field.compute_mode(train=True):
+        before = field.velocity(trace, x_t, t_N)
+        assert torch.equal(snapshot.velocity(trace, x_t, t_N), old)
+        after = field.velocity(trace, x_t, t_N)
+    assert torch.equal(before, after) and not torch.allclose(before, old)
+    after.float().sum().backward()
+    assert field.net.weight.grad is not None and field.net.weight.grad.any()
 
 
 # ---------------------------------------------------------------- refusals

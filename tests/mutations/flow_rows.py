@@ -252,6 +252,13 @@ PLUMBING = [
         f"{_RUNS}::test_a_resumed_run_remembers_what_prompts_earned",
     ),
     (
+        "snapshots: autocast remembers the old weights",
+        _snapshots,
+        "        finally:\n            torch.clear_autocast_cache()\n",
+        "        finally:\n",
+        f"{_RUNS}::test_autocast_mixes_up_no_weights",
+    ),
+    (
         "updates: rows draw what their micro-batch's place says",
         _updates,
         "draws=Draws(keys_N[piece])",
