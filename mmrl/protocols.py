@@ -422,9 +422,10 @@ class VelocityAlgorithm(Protocol):
 
 @runtime_checkable
 class MeansAlgorithm(Protocol):
-    """A rollout algorithm that may compare the means of Gaussian units."""
+    """A rollout algorithm that may compare the means of Gaussian units, which are large."""
 
-    uses_means: bool  # whether it reads Batch.old_means_NKD, and with a reference, reference_means_NKD
+    uses_means: bool  # whether it reads Batch.old_means_NKD
+    uses_reference_means: bool  # whether it reads Batch.reference_means_NKD
 
 
 @runtime_checkable

@@ -48,13 +48,18 @@ class Snapshot:
 
     @contextmanager
     def worn(self) -> Iterator[None]:
-        """The policy has these weights within the scope, and what it had before after it. Nothing of it may be trained there."""
+        """The policy has these weights within the scope, and what it had before after it. Nothing of it may be trained there.
+
+        Autocast keeps what it has cast of a parameter until its outermost scope ends, so it is told to forget it.
+        """
         trained = [p.data for p in self._parameters]
         try:
+            torch.clear_autocast_cache()
             for parameter, kept in zip(self._parameters, self._weights, strict=True):
                 parameter.data = kept.to(parameter.dtype)
             yield
         finally:
+            torch.clear_autocast_cache()
             for parameter, data in zip(self._parameters, trained, strict=True):
                 parameter.data = data
 

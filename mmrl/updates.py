@@ -24,6 +24,7 @@ from mmrl.protocols import (
     ExampleSource,
     LikelihoodPolicy,
     LossContext,
+    MeansAlgorithm,
     RolloutAlgorithm,
     SelectiveAlgorithm,
     SupervisedAlgorithm,
@@ -138,7 +139,8 @@ class RolloutUpdate:
             own = self._score(rollout, self.policy, read_TB)
             rollout = replace(rollout, log_probs_TBK=own.log_probs_TBK, engine_log_probs_TBK=rollout.log_probs_TBK)
         if self.reference is not None and not isinstance(self.algorithm, VelocityAlgorithm):
-            scores = self._score(rollout, self.reference, read_TB)
+            means = isinstance(self.algorithm, MeansAlgorithm) and self.algorithm.uses_reference_means
+            scores = self._score(rollout, self.reference, read_TB, means=means)
             rollout = replace(rollout, reference_log_probs_TBK=scores.log_probs_TBK, reference_means_TBKD=scores.means_TBKD)
         advantages = self.algorithm.advantages(rollout)
         return make_batch(rollout, advantages, self.policy), advantages
@@ -149,12 +151,12 @@ class RolloutUpdate:
             return rollout.valid_TB & self.algorithm.taught(rollout)
         return rollout.valid_TB
 
-    def _score(self, rollout: Rollout, policy: LikelihoodPolicy, read_TB: Tensor) -> _Scores:
-        """What ``policy`` says of all decisions; 0 in samples that nobody reads."""
+    def _score(self, rollout: Rollout, policy: LikelihoodPolicy, read_TB: Tensor, *, means: bool = False) -> _Scores:
+        """What ``policy`` says of all decisions, with the means of their units if asked; 0 in samples that nobody reads."""
         packing, (t, b, k) = self.policy.pack(rollout), rollout.log_probs_TBK.shape
         rows_N = gather(read_TB, packing.index_NJ).any(1).nonzero()[:, 0]
         scores_MK = rollout.log_probs_TBK.new_zeros(t * b, k)
-        means_MKD = None if rollout.means_TBKD is None else torch.zeros_like(rollout.means_TBKD).flatten(0, 1)
+        means_MKD: Tensor | None = None
         with policy.compute_mode(train=False):
             for piece in micro_batches(len(rows_N), self.micro_batch):
                 rows = rows_N[piece]
@@ -163,9 +165,11 @@ class RolloutUpdate:
                 there_NJ = places_NJ >= 0
                 units_NJK = scored.log_probs_NK.unflatten(1, (-1, k))
                 scores_MK[places_NJ[there_NJ]] = units_NJK[there_NJ].to(scores_MK.dtype)
-                if means_MKD is not None and scored.means_NKD is not None:
+                if means and scored.means_NKD is not None:
                     means_NJKD = scored.means_NKD.unflatten(1, (-1, k))
-                    means_MKD[places_NJ[there_NJ]] = means_NJKD[there_NJ].to(means_MKD.dtype)
+                    if means_MKD is None:
+                        means_MKD = means_NJKD.new_zeros(t * b, *means_NJKD.shape[2:])
+                    means_MKD[places_NJ[there_NJ]] = means_NJKD[there_NJ]
         return _Scores(scores_MK.reshape(t, b, k), None if means_MKD is None else means_MKD.unflatten(0, (t, b)))
 
     def run(self, batch: Batch, iteration: int) -> dict[str, float]:

@@ -109,13 +109,12 @@ class FlowGRPO(GRPO):
     @staticmethod
     def asks(config: Config) -> frozenset[str]:
         """What it needs beside ``needs``, as it is configured."""
-        closed = config.kl_weight > 0 and config.kl_form != "estimate"
-        return frozenset({"means"}) if closed or config.log_ratio == "guard" else frozenset()
+        return frozenset({"means"}) if _closed(config) or config.log_ratio == "guard" else frozenset()
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.flow = config
-        self.uses_means = "means" in self.asks(config)
+        self.uses_means, self.uses_reference_means = config.log_ratio == "guard", _closed(config)
         self._history = PromptHistory(config.history, config.min_history)
 
     def advantages(self, rollout: Rollout) -> Advantages:
@@ -157,7 +156,7 @@ class FlowGRPO(GRPO):
     def _kl(self, scored: Evaluation, batch: Batch) -> Tensor | None:
         """In closed form; None where there is none, or where it is estimated."""
         form, reference_NKD = self.flow.kl_form, batch.reference_means_NKD
-        if form == "estimate" or self.flow.kl_weight == 0:
+        if not _closed(self.flow):
             return None
         values = (_given(x, "kl_form", form) for x in (scored.means_NKD, reference_NKD, scored.stds_NK, scored.deltas_NK))
         return step_kl(*values, form=form)
@@ -189,6 +188,11 @@ class FlowGRPO(GRPO):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._history.load_state_dict(state)
+
+
+def _closed(config: FlowGRPO.Config) -> bool:
+    """Whether there is a KL in closed form."""
+    return config.kl_weight > 0 and config.kl_form != "estimate"
 
 
 def _given(x: Tensor | None, field: str, value: str) -> Tensor:

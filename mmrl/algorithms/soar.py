@@ -107,6 +107,7 @@ class SOAR:
         config = self.config
         to_N = shifted((unshifted(t_N, config.shift) - 1 / config.steps).clamp(min=0), config.shift)
         velocity = policy.velocity(trace, x_t, t_N, guidance=config.guidance)
+        torch.clear_autocast_cache()  # what it cast of the weights here has no gradient
         yield transition(x_t, velocity, t_N, to_N, rule="ode").mean, to_N
         for _ in range(config.paths - 1):
             step = transition(x_t, velocity, t_N, to_N, rule=config.path_rule, noise_level=config.path_noise)

@@ -254,8 +254,8 @@ def blurred(share: np.ndarray, sigma: float) -> np.ndarray:
     kernel /= kernel.sum()
     height, width = share.shape
     padded = np.pad(share, reach)
-    down = sum(weight * padded[at : at + height] for at, weight in enumerate(kernel))
-    return np.asarray(sum(weight * down[:, at : at + width] for at, weight in enumerate(kernel)))
+    down = np.sum([weight * padded[at : at + height] for at, weight in enumerate(kernel)], axis=0)
+    return np.sum([weight * down[:, at : at + width] for at, weight in enumerate(kernel)], axis=0)
 
 
 @functools.lru_cache(maxsize=8)

@@ -75,7 +75,7 @@ PICTURING: tuple[Row, ...] = (
         _SCENES,
         "and all((at, part) in others for at, part in enumerate(combination))",
         "",
-        f"{_PROMPTS}::test_what_is_held_out_training_never_asks_and_each_part_of_it_is_trained",
+        f"{_PROMPTS}::test_nothing_is_held_out_that_would_then_not_be_trained_at_all",
     ),
     (
         "scenes: above is below",

@@ -99,6 +99,13 @@ def test_what_is_held_out_training_never_asks_and_each_part_of_it_is_trained(fie
         assert of_tag[1] <= 0.34 * sum(of_tag), (tag, of_tag)
 
 
+def test_nothing_is_held_out_that_would_then_not_be_trained_at_all() -> None:
+    held = asked(build("ShapePrompts", split="held_out", most=2), 200)
+    assert "counting" not in {question.family for question in held}, "each shape is counted in one way alone"
+    counted = asked(build("ShapePrompts", tags=["counting"], most=2), 100)
+    assert {question.details["include"][0]["class"] for question in counted} == {"circle", "square", "triangle", "star"}
+
+
 def test_the_held_out_split_has_five_tags_and_another_seed_holds_out_the_same() -> None:
     held = asked(build("ShapePrompts", split="held_out"), 600)
     assert {question.family for question in held} == set(TAGS) - {"single_object"}
