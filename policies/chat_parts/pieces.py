@@ -12,17 +12,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A picture in patches, float32 [P, numbers]. grid: how many in time, height and width. tokens: how many it becomes."""
+    """A picture in patches, float32 [P, numbers]. grid: how many in time, height and width. tokens: how many it becomes.
+
+    image: the pixels that the patches were cut from, and key: a name for them, for an engine that cuts its own.
+    """
 
     patches: Tensor
     grid: tuple[int, int, int]
     tokens: int
+    image: Image.Image | None = None
+    key: str = ""
 
     @property
     def nbytes(self) -> int:
