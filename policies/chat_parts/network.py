@@ -98,10 +98,10 @@ class QwenNetwork(Network):
         processor, image = self.processor, _less_long(picture.image)
         factor, size = processor.patch_size * processor.merge_size, processor.size
         rows, columns = smart_size(image.height, image.width, factor, size["shortest_edge"], size["longest_edge"])
-        sized = image.resize((columns, rows))
-        made = processor(images=[sized], do_resize=False, return_tensors="pt")
+        made = processor(images=[image.resize((columns, rows))], do_resize=False, return_tensors="pt")
         t, h, w = made["image_grid_thw"][0].tolist()
-        return Seen(made["pixel_values"], (t, h, w), t * h * w // self.processor.merge_size**2, sized, picture.key)
+        tokens = t * h * w // self.processor.merge_size**2
+        return Seen(made["pixel_values"], (t, h, w), tokens, f"{picture.key}:{t}x{h}x{w}")
 
     def place(self, seen: Seen) -> tuple[Tensor, int]:
         t, h, w = seen.grid

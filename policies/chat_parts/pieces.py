@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,13 +20,12 @@ from torch.nn.utils.rnn import pad_sequence
 class Seen:
     """A picture in patches, float32 [P, numbers]. grid: how many in time, height and width. tokens: how many it becomes.
 
-    image: the pixels that the patches were cut from, and key: a name for them, for an engine that cuts its own.
+    key: a name for the patches, equal where they are.
     """
 
     patches: Tensor
     grid: tuple[int, int, int]
     tokens: int
-    image: Image.Image | None = None
     key: str = ""
 
     @property
