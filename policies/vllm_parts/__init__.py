@@ -6,10 +6,7 @@ weights are, and what it logs as it starts is of no use to who trains; set ``VLL
 
 import os
 
-from mmrl import torchvision_shim
-
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the one that takes processors of logits
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-torchvision_shim.install()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.inputs import mm_input, tokens_input
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import LogitsProcessor
@@ -36,7 +37,6 @@ class Runner:
         self._llm = start(network, tokenizer, options)
         self.loaded: object = None
         self._requests = 0
-        self._items: dict[str, MultiModalKwargsItem] = {}
 
     def close(self) -> None:
         """Give its memory back."""
@@ -46,6 +46,7 @@ class Runner:
         """Take weights (under transformers' names) in place, and forget all that was computed with those before."""
         engine = self._llm.llm_engine
         engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        engine.collective_rpc(_repack_head)
         engine.reset_prefix_cache()
         engine.reset_encoder_cache()
 
@@ -85,6 +86,13 @@ class Runner:
         }
         made: Any = {"pixel_values": seen.patches, "image_grid_thw": grid}
         return MultiModalKwargsItems.from_hf_inputs(made, fields)["image"][0]
+
+
+def _repack_head(worker: Any) -> None:
+    """An output head that shares the words' weights has none to load, so vLLM leaves the copy alone that it packed for a CPU."""
+    for module in worker.model_runner.get_model().modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def sampling(**fields: Any) -> SamplingParams:

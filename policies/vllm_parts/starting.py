@@ -79,10 +79,9 @@ def _path(*folders: Path) -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """What vLLM changes in the whole process as it starts is put back: random numbers, threads, and functions of torch."""
+    """What vLLM changes in the whole process as it starts is put back: random numbers and threads."""
     states = random.getstate(), numpy.random.get_state()
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    accelerator = {name: getattr(torch.accelerator, name) for name in ("synchronize", "empty_cache")}
     with torch.random.fork_rng():
         try:
             yield
@@ -91,5 +90,3 @@ def _undisturbed() -> Iterator[None]:
             numpy.random.set_state(states[1])
             torch.set_num_threads = set_threads
             torch.set_num_threads(threads)
-            for name, function in accelerator.items():
-                setattr(torch.accelerator, name, function)
