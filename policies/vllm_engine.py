@@ -21,13 +21,14 @@ from dataclasses import dataclass as plain_dataclass
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmrl.errors import MMRLError
-from mmrl.messages import Message
+from mmrl.messages import Message, Picture
 from mmrl.numerics.draws import Draws
 from policies.chat_parts.engine import Generated, Request, Sampling
 from policies.chat_parts.network import Network
@@ -82,6 +83,7 @@ class VllmEngine:
         self.dtype = config.dtype or _dtype(network)
         self._stale, self._holds = True, (0, ())
         self._sung: _Sung | None = None
+        self._image_id: Any = getattr(network.model.config, "image_token_id", None)
         refuse(network)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VllmEngine:
@@ -108,9 +110,8 @@ class VllmEngine:
             # vLLM divides by a temperature only what it draws from; the likeliest token's log-probability is wanted at it as well.
             runner.rules.divisor = 1.0 if draws is not None else self.sampling.temperature
             seeds = None if draws is None else draws.integers(2**48).tolist()
-            image_id = getattr(self.network.model.config, "image_token_id", None)
             outputs = runner.speak(
-                [runner.prompt(request.pieces, image_id) for request in requests],
+                [runner.prompt(request.pieces, self._image_id) for request in requests],
                 [self._params(request, None if seeds is None else seeds[row]) for row, request in enumerate(requests)],
             )
         return self._generated(outputs)
@@ -150,7 +151,7 @@ class VllmEngine:
     def _options(self) -> dict[str, Any]:
         config, cpu = self.config, self.network.device.type == "cpu"
         memory = {"kv_cache_memory_bytes": int(config.cpu_memory_gib * 2**30)} if cpu else {"gpu_memory_utilization": config.gpu_memory}
-        sights = {"limit_mm_per_prompt": {"video": 0}, "mm_processor_cache_gb": 0} if self.network.processor is not None else {}
+        sights = {"limit_mm_per_prompt": {"video": 0}, "mm_processor_cache_gb": 0, "mm_device_do_normalize": False}
         return {
             "dtype": self.dtype,
             "max_model_len": self._max_tokens,
@@ -160,7 +161,7 @@ class VllmEngine:
             "logprobs_mode": "processed_logprobs",
             "skip_mm_profiling": cpu,
             **memory,
-            **sights,
+            **(sights if self.network.processor is not None else {}),
         }
 
     def _update(self, runner: Runner, version: int) -> None:
@@ -178,14 +179,25 @@ class VllmEngine:
         forbidden = set() if self.sampling.forbidden is None else set(self.sampling.forbidden.tolist())
         sayable = [token for token in range(self.network.head.weight.shape[0]) if token not in forbidden]
         ids = torch.tensor([sayable[(7919 * (place + 1)) % len(sayable)] for place in range(CANARY)])
-        first = Heard(ids[:1], torch.zeros(self.network.axes, 1, dtype=torch.long), 1)
-        own = score(self.network, [(first, Said(ids[1:]))], Sampling(1.0, None, ()), CANARY).log_probs_M.cpu()
+        song = (self._heard(ids[:1]), Said(ids[1:]))
+        own = score(self.network, [song], Sampling(1.0, None, ()), CANARY).log_probs_M.cpu()
         runner.rules.forbidden, runner.rules.divisor = None, 1.0
-        (output,) = runner.speak([runner.prompt([Said(ids)], None)], [sampling(temperature=0.0, max_tokens=1, prompt_logprobs=0)])
-        pairs = zip(ids[1:].tolist(), output.prompt_logprobs[1:], strict=True)
+        prompt = runner.prompt(song, self._image_id)
+        (output,) = runner.speak([prompt], [sampling(temperature=0.0, max_tokens=1, prompt_logprobs=0)])
+        pairs = zip(ids[1:].tolist(), output.prompt_logprobs[1 - CANARY :], strict=True)
         sung = _Sung(own.double(), torch.tensor([known[token].logprob for token, known in pairs]).double())
         before, self._sung = self._sung, sung
         judge(before, sung, self.dtype)
+
+    def _heard(self, ids: Tensor) -> Heard:
+        """What the canary hears: a token, and a picture if the model sees."""
+        offsets = torch.zeros(self.network.axes, 1, dtype=torch.long)
+        if self.network.processor is None:
+            return Heard(ids, offsets, 1)
+        seen = self.network.see(Picture(Image.linear_gradient("L").resize((60, 40))))
+        places, span = self.network.place(seen)
+        shown = torch.full((seen.tokens,), self._image_id)
+        return Heard(torch.cat([ids, shown]), torch.cat([offsets, places + 1], 1), 1 + span, (seen,))
 
 
 def judge(before: _Sung | None, now: _Sung, dtype: str) -> None:
