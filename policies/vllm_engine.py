@@ -107,7 +107,7 @@ class VllmEngine:
             runner = self._runner()
             self._update(runner, version)
             runner.rules.forbidden = self.sampling.forbidden
-            # vLLM divides by a temperature only what it draws from; the likeliest token's log-probability is wanted at it as well.
+            # vLLM divides by a temperature only what it draws from, but the likeliest token's log-probability is wanted at it too.
             runner.rules.divisor = 1.0 if draws is not None else self.sampling.temperature
             seeds = None if draws is None else draws.integers(2**48).tolist()
             outputs = runner.speak(
@@ -150,7 +150,11 @@ class VllmEngine:
 
     def _options(self) -> dict[str, Any]:
         config, cpu = self.config, self.network.device.type == "cpu"
-        memory = {"kv_cache_memory_bytes": int(config.cpu_memory_gib * 2**30)} if cpu else {"gpu_memory_utilization": config.gpu_memory}
+        memory = (
+            {"kv_cache_memory_bytes": int(config.cpu_memory_gib * 2**30)}
+            if cpu
+            else {"gpu_memory_utilization": config.gpu_memory}
+        )
         sights = {"limit_mm_per_prompt": {"video": 0}, "mm_processor_cache_gb": 0, "mm_device_do_normalize": False}
         return {
             "dtype": self.dtype,
@@ -207,8 +211,8 @@ def judge(before: _Sung | None, now: _Sung, dtype: str) -> None:
     gap = _apart(now.own, now.theirs)
     if not gap <= GAPS[dtype]:
         raise MMRLError(
-            f"policy.engine: vLLM's log-probabilities are {gap:.2g} from the policy's own on average ({GAPS[dtype]} allowed), so it "
-            "computes another model; set policy.engine: null"
+            f"policy.engine: vLLM's log-probabilities are {gap:.2g} from the policy's own on average ({GAPS[dtype]} allowed), so "
+            "it computes another model; set policy.engine: null"
         )
 
 

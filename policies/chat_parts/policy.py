@@ -210,7 +210,7 @@ class ChatPolicy(nn.Module, ABC):
             return LocalEngine(self.network, sampling)
         if not hasattr(config.engine.cls, "generate"):
             raise MMRLError(
-                f"policy.engine.target = {config.engine.target}: is no engine; use policies.vllm_engine:VllmEngine, or engine: null"
+                f"policy.engine.target = {config.engine.target}: is no engine; use policies.vllm_engine:VllmEngine or null"
             )
         return config.engine.build(
             network=self.network, sampling=sampling, tokenizer=self._tokenizer, max_tokens=config.max_tokens

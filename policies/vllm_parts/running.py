@@ -76,7 +76,9 @@ class Runner:
             places.append(PlaceholderRange(offset=at, length=seen.tokens))
             items.append(self._item(seen))
             at += seen.tokens
-        return mm_input(ids, MultiModalKwargsItems({"image": items}), {"image": [seen.key for seen in pictures]}, {"image": places})
+        return mm_input(
+            ids, MultiModalKwargsItems({"image": items}), {"image": [seen.key for seen in pictures]}, {"image": places}
+        )
 
     def _item(self, seen: Seen) -> MultiModalKwargsItem:
         grid = torch.tensor([seen.grid])

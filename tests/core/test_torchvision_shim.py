@@ -12,7 +12,7 @@ import pytest
 from mmrl import torchvision_shim
 from mmrl.registry import ROOT
 
-# As torchvision's own import goes where its compiled half does not load: a kernel is registered for an operator that is not there.
+# As torchvision's own import goes where its compiled half does not load: a kernel for an operator that is not there.
 REGISTERS = """
 import torch
 

@@ -268,7 +268,9 @@ def test_one_key_says_who_speaks_in_a_run(engine: str, vllm_engine: Any, tmp_pat
     assert bool(gaps) == (engine != "null")
     for row in trained:
         assert all(0 <= row[name] < 1e-4 for name in gaps)
-        assert not gaps or row[gaps[0].replace("engine_gap_max", "engine_gap").replace("gap", "weight")] == pytest.approx(1, abs=1e-3)
+        assert not gaps or row[gaps[0].replace("engine_gap_max", "engine_gap").replace("gap", "weight")] == pytest.approx(
+            1, abs=1e-3
+        )
 
 
 # -- what cannot be ----------------------------------------------------------------------------------------------------
@@ -294,7 +296,9 @@ def test_models_that_vllm_cannot_run_are_refused_before_anything_starts(
     starting = importlib.import_module("policies.vllm_parts.starting")
     monkeypatch.setattr(vllm_engine, "Runner", None)
     narrow = tiny_chat.write(tmp_path / "narrow")
-    with pytest.raises(MMRLError, match=r"policy\.engine: the model's heads are 24 wide, .* are 32, 64, .* set policy\.engine: null"):
+    with pytest.raises(
+        MMRLError, match=r"policy\.engine: the model's heads are 24 wide, .* are 32, 64, .* set policy\.engine: null"
+    ):
         tiny_chat.build(narrow, engine=Component.parse(VLLM))
     monkeypatch.setattr(starting.ModelRegistry, "get_supported_archs", lambda: ["LlamaForCausalLM"])
     with pytest.raises(MMRLError, match=r"vLLM .* does not know Qwen2_5_VLForConditionalGeneration; set policy\.engine: null"):
