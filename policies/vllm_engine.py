@@ -107,7 +107,7 @@ class VllmEngine:
             runner = self._runner()
             self._update(runner, version)
             runner.rules.forbidden = self.sampling.forbidden
-            # vLLM divides by a temperature only what it draws from, but the likeliest token's log-probability is wanted at it too.
+            # vLLM divides only what it draws from by a temperature; the likeliest token's log-probability is wanted at it too.
             runner.rules.divisor = 1.0 if draws is not None else self.sampling.temperature
             seeds = None if draws is None else draws.integers(2**48).tolist()
             outputs = runner.speak(
