@@ -163,7 +163,7 @@ class VllmEngine:
             "enable_prefix_caching": config.prefix_caching,
             "enforce_eager": cpu or not config.graphs,
             "logprobs_mode": "processed_logprobs",
-            "skip_mm_profiling": cpu,
+            "skip_mm_profiling": True,
             **memory,
             **(sights if self.network.processor is not None else {}),
         }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import mm_input, tokens_input
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
@@ -39,8 +40,10 @@ class Runner:
         self._requests = 0
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Give its memory back, so that another one can start in this process."""
         self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        cleanup_dist_env_and_memory()
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take weights (under transformers' names) in place, and forget all that was computed with those before."""
