@@ -129,8 +129,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(policy: Any) -> None:
     expected_V = logits_V.index_fill(-1, forbidden, -torch.inf).softmax(-1)
     often_V = torch.bincount(made.ids_BK[:, 0], minlength=len(expected_V))
     assert not often_V[forbidden].any()
-    spread_V = (count * expected_V * (1 - expected_V)).sqrt()
-    assert float(((often_V - count * expected_V).abs() / spread_V.clamp(min=1)).max()) < 5
+    often, expected = often_V[count * expected_V > 5], count * expected_V[count * expected_V > 5]
+    chi_square, freedom = float(((often - expected).square() / expected).sum()), len(expected)
+    assert freedom > 50 and abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
 
 
 def test_the_limits_of_a_conversation_are_kept(make: Callable[..., Any]) -> None:
