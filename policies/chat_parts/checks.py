@@ -19,7 +19,7 @@ from mmrl.numerics.tokens import head_logits
 from mmrl.protocols import Check
 from mmrl.types import Conversation
 from policies.chat_parts.ears import Ears
-from policies.chat_parts.engine import Generated, LocalEngine, Request
+from policies.chat_parts.engine import Engine, Generated, Request
 from policies.chat_parts.network import Network
 from policies.chat_parts.pieces import Heard, Piece, Said, lay_out
 from policies.chat_parts.scoring import score
@@ -35,7 +35,7 @@ class Talker(Protocol):
 
     network: Network
     ears: Ears
-    engine: LocalEngine
+    engine: Engine
 
     def messages(self, made: Generated) -> list[Message]: ...
 
@@ -246,12 +246,15 @@ def _kept(name: str, policy: Talker) -> Check:
     talks = _openings(policy)
     draws = Draws.of(0, torch.arange(len(talks), device=policy.network.device))
     made = policy.engine.generate([Request(*policy.ears.listen(talk), LIMIT) for talk in talks], draws)
+    if made.hidden_BW is None:
+        return Check(name, True, "are the engine's, which does not show what it reads from them")
     said = policy.messages(made)
     policy.engine.keep(said)
     requests = [Request(*policy.ears.listen((*talk, said[row], _answer(policy, row, 0))), 1) for row, talk in enumerate(talks)]
     found = []
     for _ in range(2):
         hidden_BW = policy.engine.generate(requests, None).hidden_BW
+        assert hidden_BW is not None
         logits = head_logits(
             hidden_BW, policy.network.head.weight, temperature=policy.engine.sampling.temperature, forbidden=None
         )

@@ -12,7 +12,7 @@ Letters: B rows, K tokens a row may say, L tokens in the cache, H heads, D their
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -54,21 +54,32 @@ class Sampling:
 class Generated:
     """What B rows said: ids and log_probs [B, K], 0 behind the ``count_B`` tokens of a row; whether its last token ends a turn.
 
-    hidden_BW: the hidden state in which a row began to speak, for a critic.
+    hidden_BW: the hidden state in which a row began to speak, for a critic; None where the engine does not show it. version: of
+    the weights that said it.
     """
 
     ids_BK: Tensor
     log_probs_BK: Tensor
     count_B: Tensor
     ended_B: Tensor
-    hidden_BW: Tensor
+    hidden_BW: Tensor | None
+    version: int = 0
 
 
 class Engine(Protocol):
-    """Says what the model would say."""
+    """Says what the model would say.
 
-    def generate(self, requests: Sequence[Request], draws: Draws | None) -> Generated:
-        """Draw (or, without ``draws``, take the likeliest) tokens until each row ends its turn or is at its limit."""
+    rescores: whether its log-probabilities are those of another program (see mmrl.protocols.EnginePolicy).
+    """
+
+    sampling: Sampling
+    rescores: bool
+
+    def generate(self, requests: Sequence[Request], draws: Draws | None, version: int = 0) -> Generated:
+        """Draw (or, without ``draws``, take the likeliest) tokens until each row ends its turn or is at its limit.
+
+        version: of the model's weights as they are now, with which all of it is said.
+        """
         ...
 
     def keep(self, messages: Sequence[Message]) -> None:
@@ -94,6 +105,8 @@ class _Kept:
 class LocalEngine:
     """See the module."""
 
+    rescores = False
+
     def __init__(self, network: Network, sampling: Sampling) -> None:
         self.network, self.sampling = network, sampling
         self._kept: list[_Kept] = []
@@ -109,10 +122,10 @@ class LocalEngine:
             self._last = None
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], draws: Draws | None) -> Generated:
+    def generate(self, requests: Sequence[Request], draws: Draws | None, version: int = 0) -> Generated:
         batch, hidden_BW = self._begin(requests)
         limits_B = torch.tensor([request.limit for request in requests], device=self.network.device)
-        return self._speak(batch, hidden_BW, limits_B, draws)
+        return replace(self._speak(batch, hidden_BW, limits_B, draws), version=version)
 
     # -- hearing -------------------------------------------------------------------------------------------------------
 

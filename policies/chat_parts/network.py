@@ -19,9 +19,10 @@ LONGEST = 200  # qwen-vl-utils' MAX_RATIO
 
 
 class Network:
-    """A model that reads words alone; subclasses see. ``axes``: of its positions."""
+    """A model that reads words alone; subclasses see. ``axes``: of its positions. ``processor``: what cuts pictures."""
 
     axes = 1
+    processor: Any = None
 
     def __init__(self, model: Any, pad: int) -> None:
         self.model, self.pad = model, pad
@@ -99,7 +100,8 @@ class QwenNetwork(Network):
         rows, columns = smart_size(image.height, image.width, factor, size["shortest_edge"], size["longest_edge"])
         made = processor(images=[image.resize((columns, rows))], do_resize=False, return_tensors="pt")
         t, h, w = made["image_grid_thw"][0].tolist()
-        return Seen(made["pixel_values"], (t, h, w), t * h * w // self.processor.merge_size**2)
+        tokens = t * h * w // self.processor.merge_size**2
+        return Seen(made["pixel_values"], (t, h, w), tokens, f"{picture.key}:{t}x{h}x{w}")
 
     def place(self, seen: Seen) -> tuple[Tensor, int]:
         t, h, w = seen.grid

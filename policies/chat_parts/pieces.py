@@ -18,11 +18,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A picture in patches, float32 [P, numbers]. grid: how many in time, height and width. tokens: how many it becomes."""
+    """A picture in patches, float32 [P, numbers]. grid: how many in time, height and width. tokens: how many it becomes.
+
+    key: a name for the patches, equal where they are.
+    """
 
     patches: Tensor
     grid: tuple[int, int, int]
     tokens: int
+    key: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmrl.columns import Column
+from mmrl.component import Component
 from mmrl.errors import MMRLError
 from mmrl.messages import Message
 from mmrl.numerics.draws import Draws
@@ -30,7 +31,7 @@ from mmrl.protocols import Check
 from mmrl.types import Decision, Evaluation, Loss, Observation, Packing, Rollout, Talks, Trace
 from policies.chat_parts.checks import checks
 from policies.chat_parts.ears import Ears, SpanWeight
-from policies.chat_parts.engine import Generated, LocalEngine, Request, Sampling
+from policies.chat_parts.engine import Engine, Generated, LocalEngine, Request, Sampling
 from policies.chat_parts.network import Network
 from policies.chat_parts.pieces import Heard, Piece, Said
 from policies.chat_parts.scoring import score
@@ -95,12 +96,15 @@ class ChatConfig:
     """transformers' attention implementation."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Storage type of the weights; probabilities are computed in float32 or better in any case."""
+    engine: Component | None = None
+    """Another program that says what the model would say, such as ``{target: policies.vllm_engine:VllmEngine}``; null: the model
+    itself does."""
     seed: int = 0
     """Seed of fresh weights."""
 
 
 class ChatPolicy(nn.Module, ABC):
-    """See the module. Satisfies LikelihoodPolicy, ValuePolicy, LegiblePolicy and SupervisedPolicy (of Talks)."""
+    """See the module. Satisfies LikelihoodPolicy, EnginePolicy, ValuePolicy, LegiblePolicy and SupervisedPolicy (of Talks)."""
 
     horizon, execute = 1, 1
     kind: str  # in the fingerprint
@@ -133,7 +137,8 @@ class ChatPolicy(nn.Module, ABC):
         )
         self._build_critic()
         self.to(device)
-        self.engine = LocalEngine(self.network, self._sampling(config.temperature))
+        self.engine = self._engine()
+        self.rescores = self.engine.rescores
 
     # -- what a family says --------------------------------------------------------------------------------------------
 
@@ -198,6 +203,18 @@ class ChatPolicy(nn.Module, ABC):
         if self.critic is None or self.config.critic is None:
             return {}
         return {"critic": (f"value of turns through {'x'.join(map(str, self.config.critic.hidden))}", self.critic)}
+
+    def _engine(self) -> Engine:
+        config, sampling = self.config, self._sampling(self.config.temperature)
+        if config.engine is None:
+            return LocalEngine(self.network, sampling)
+        if not hasattr(config.engine.cls, "generate"):
+            raise MMRLError(
+                f"policy.engine.target = {config.engine.target}: is no engine; use policies.vllm_engine:VllmEngine or null"
+            )
+        return config.engine.build(
+            network=self.network, sampling=sampling, tokenizer=self._tokenizer, max_tokens=config.max_tokens
+        )
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -283,13 +300,15 @@ class ChatPolicy(nn.Module, ABC):
         log_probs_BK = torch.zeros(said_BK.shape, dtype=torch.promote_types(self.model.dtype, torch.float32), device=device)
         messages = [Message("assistant", ("",), finish="length")] * size
         values_B = None if self.critic is None else torch.zeros(size, device=device)
+        version = self.version
         if requests:
             with self.compute_mode(train=False):
-                made = self.engine.generate(requests, draws.select(index) if explore else None)
-                spoken = self.messages(made)
+                made = self.engine.generate(requests, draws.select(index) if explore else None, self.version)
+                spoken, version = self.messages(made), made.version
                 self.engine.keep(spoken)
                 if values_B is not None and self.critic is not None:
-                    values_B[index] = self.critic(made.hidden_BW).to(values_B.dtype)
+                    hidden_BW = made.hidden_BW if made.hidden_BW is not None else self._hidden(r.pieces for r in requests)
+                    values_B[index] = self.critic(hidden_BW).to(values_B.dtype)
             width = made.ids_BK.shape[1]
             said_BK[index, :width], log_probs_BK[index, :width] = made.ids_BK, made.log_probs_BK.to(log_probs_BK.dtype)
             count_B[index] = made.count_B
@@ -297,7 +316,7 @@ class ChatPolicy(nn.Module, ABC):
                 messages[row] = message
         mask_BK = torch.arange(said_BK.shape[1], device=device) < count_B[:, None]
         trace: Trace = {"heard": Column.of((pieces[-1] for pieces, _ in heard), device), "said": said_BK, "count": count_B}
-        return Decision(Column.of(messages), trace if explore else {}, log_probs_BK, mask_BK, values_B, self.version)
+        return Decision(Column.of(messages), trace if explore else {}, log_probs_BK, mask_BK, values_B, version)
 
     def messages(self, made: Generated) -> list[Message]:
         """What was generated, as messages."""
@@ -329,11 +348,15 @@ class ChatPolicy(nn.Module, ABC):
     def value(self, observation: Observation, draws: Draws) -> Tensor:
         if self.critic is None or observation.conversations is None:
             raise MMRLError("the policy has no critic (policy.critic is null)")
-        pieces = [(*self.ears.listen(conversation)[0], _NOTHING) for conversation in observation.conversations]
         with self.compute_mode(train=False):
-            scores = score(self.network, pieces, self.engine.sampling, self.config.score_chunk)
-            last_N = torch.tensor([sum(isinstance(piece, Said) for piece in row) for row in pieces]).cumsum(0) - 1
-            return self.critic(scores.turns[last_N.to(self.device)])
+            return self.critic(self._hidden(self.ears.listen(conversation)[0] for conversation in observation.conversations))
+
+    def _hidden(self, heard: Iterable[tuple[Piece, ...]]) -> Tensor:
+        """The hidden state in which each conversation's next turn begins: [B, W]."""
+        rows = [(*pieces, _NOTHING) for pieces in heard]
+        scores = score(self.network, rows, self.engine.sampling, self.config.score_chunk)
+        last_B = torch.tensor([sum(isinstance(piece, Said) for piece in row) for row in rows]).cumsum(0) - 1
+        return scores.turns[last_B.to(self.device)]
 
     # -- scoring again -------------------------------------------------------------------------------------------------
 

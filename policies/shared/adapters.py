@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -53,3 +54,23 @@ def merged(model: Model) -> Model:
                 child.merge()  # type: ignore[operator]
                 setattr(parent, name, child.get_base_layer())
     return model
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight under transformers' own name, with the adapters merged into it: one at a time, without a copy of the model.
+
+    A weight that several modules share comes once.
+    """
+    adapted = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, parameter in model.named_parameters():
+        prefix = next((prefix for prefix in adapted if name.startswith(prefix)), None)
+        if prefix is None:
+            yield name, parameter.detach()
+            continue
+        kind = name.removeprefix(f"{prefix}base_layer.")
+        if kind == name:
+            continue  # of an adapter
+        layer: Any = adapted[prefix]
+        added = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters) if kind == "weight" else 0
+        yield prefix + kind, (parameter + added).detach()

@@ -28,6 +28,7 @@ CONTRACTS = (
     "mmrl.errors",
     "mmrl.caching",
     "mmrl.component",
+    "mmrl.torchvision_shim",
 )
 FREE = ("mmrl",)  # the trainer, the command line and what serves them: all of mmrl, but nothing outside it
 # Module or package -> what of this project it may import; the longest match holds, and a package may always import itself.
@@ -42,6 +43,7 @@ RULES = {
     "mmrl.types": ("mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.observation", "mmrl.transcripts"),
     "mmrl.protocols": ("mmrl.types", "mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.transcripts"),
     "mmrl.errors": (),
+    "mmrl.torchvision_shim": (),
     "mmrl.caching": ("mmrl.errors",),
     "mmrl.registry": ("mmrl.errors",),
     "mmrl.component": ("mmrl.errors", "mmrl.registry"),
