@@ -53,15 +53,13 @@ class ImageReward:
         sizes = _sizes(opened("blip", config.blip, BlipConfig.from_pretrained), weights)
         size = {"height": sizes.vision_config.image_size, "width": sizes.vision_config.image_size}
         self._pictures: Any = CLIPImageProcessorPil(size={"shortest_edge": size["height"]}, crop_size=size)
-        modules: tuple[tuple[str, Any], ...] = (
-            ("vision.", BlipVisionModel(sizes.vision_config)),
-            ("text.", BlipTextModel(sizes.text_config, add_pooling_layer=False)),
-            ("head.", RatingHead(sizes.text_config.hidden_size)),
-        )
-        for prefix, module in modules:
+        self._seeing: Any = BlipVisionModel(sizes.vision_config)
+        self._reading: Any = BlipTextModel(sizes.text_config, add_pooling_layer=False)
+        self._head = RatingHead(sizes.text_config.hidden_size)
+        for prefix, module in (("vision.", self._seeing), ("text.", self._reading), ("head.", self._head)):
             own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
             fill(module, own, "weights", config.weights)
-        self._seeing, self._reading, self._head = (module.to(self.device).eval() for _, module in modules)
+            module.to(self.device).eval()
         for module in (self._seeing, self._reading):
             module.to(getattr(torch, config.dtype))
 
