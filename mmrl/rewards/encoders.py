@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils.hub import cached_file
 
 from mmrl.errors import ConfigError
 
@@ -62,10 +62,8 @@ def file_of(key: str, name: str) -> Path:
         return Path(name)
     parts = name.split("/", 2)
     if len(parts) == 3 and not Path(name).is_absolute():
-        try:
-            return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-            pass
+        with suppress(OSError, ValueError):  # transformers' words for what a hub does not give, or no name of a repository
+            return Path(str(cached_file("/".join(parts[:2]), parts[2])))
     raise ConfigError(f"'{key}: {name}' is no file, and no file of a hub (owner/repository/file) that could be fetched")
 
 

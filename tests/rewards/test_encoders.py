@@ -184,6 +184,8 @@ def test_what_cannot_be_opened_is_said_in_a_sentence(folder: str, tmp_path: Path
         ClipScore(ClipScore.Config(checkpoint=folder, device="gpu"))
     with pytest.raises(ConfigError, match=r"'weights: .*head.pth' is no file"):
         Aesthetic(Aesthetic.Config(checkpoint=folder, weights=str(tmp_path / "head.pth"), device="cpu"))
+    with pytest.raises(ConfigError, match=r"no file of a hub \(owner/repository/file\)"):
+        Aesthetic(Aesthetic.Config(checkpoint=folder, weights="no one/knows/this.pth", device="cpu"))
     (tmp_path / "damaged.pt").write_bytes(b"no weights")
     with pytest.raises(ConfigError, match="holds no weights that torch can read"):
         HPS(HPS.Config(checkpoint=folder, weights=str(tmp_path / "damaged.pt"), device="cpu"))
