@@ -13,6 +13,8 @@
     return element;
   };
   const colour = (i) => `var(--s${i % 6})`;
+  /** Where the values of a panel's curves lie: evaluations have places of their own. */
+  const places = (panel) => (panel.axes ? panel : data);
 
   /** Round values between low and high, about `count` of them. */
   const ticks = (low, high, count) => {
@@ -45,7 +47,7 @@
   const domain = (panel) => {
     const xs = [], ys = [];
     for (const series of panel.series)
-      series.raw.forEach((y, i) => { if (y !== null) { xs.push(data.axes[axis][i]); ys.push(y); } });
+      series.raw.forEach((y, i) => { if (y !== null) { xs.push(places(panel).axes[axis][i]); ys.push(y); } });
     for (const point of panel.points) { xs.push(point[axis]); ys.push(point.low, point.high); }
     const extent = (values) => values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
     let [x0, x1] = extent(xs), [y0, y1] = extent(ys);
@@ -60,13 +62,13 @@
   };
 
   /** Path through the values that are there, anew in every stage; a lone value becomes a dot. */
-  const path = (values, x, y) => {
+  const path = (values, { axes, stage: stages }, x, y) => {
     let d = "", stage = -1;
     values.forEach((value, i) => {
       if (value === null) return;
-      const place = `${x(data.axes[axis][i]).toFixed(1)} ${y(value).toFixed(1)}`;
-      d += data.stage[i] === stage ? `L${place}` : `M${place}h.01`;
-      stage = data.stage[i];
+      const place = `${x(axes[axis][i]).toFixed(1)} ${y(value).toFixed(1)}`;
+      d += stages[i] === stage ? `L${place}` : `M${place}h.01`;
+      stage = stages[i];
     });
     return d;
   };
@@ -115,6 +117,12 @@
     root.append(svg("circle", { class: `point ${point.kind}`, cx, cy: y(point.y), r: point.kind === "during" ? 3.5 : 5 }));
   };
 
+  /** The values of a curve that has few. */
+  const drawValues = (root, panel, series, i, { x, y }) =>
+    series.raw.forEach((value, k) => {
+      if (value !== null) root.append(svg("circle", { class: "value", fill: colour(i), cx: x(panel.axes[axis][k]), cy: y(value), r: 3.5 }));
+    });
+
   const draw = (plot) => {
     const panel = panels.get(plot.dataset.panel), width = plot.clientWidth, height = plot.clientHeight;
     if (width === 0) return; // within a closed <details>; the observer calls again when it opens
@@ -129,8 +137,10 @@
     drawStages(root, frame);
     panel.series.forEach((series, i) => {
       const smoothed = series.smooth.some((value, k) => value !== series.raw[k]);
-      if (smoothed) root.append(svg("path", { class: "raw", stroke: colour(i), d: path(series.raw, frame.x, frame.y) }));
-      root.append(svg("path", { class: "smooth", stroke: colour(i), d: path(series.smooth, frame.x, frame.y) }));
+      if (smoothed) root.append(svg("path", { class: "raw", stroke: colour(i), d: path(series.raw, data, frame.x, frame.y) }));
+      const kind = series.watched ? "smooth watched" : "smooth";
+      root.append(svg("path", { class: kind, stroke: colour(i), d: path(series.smooth, places(panel), frame.x, frame.y) }));
+      if (panel.axes) drawValues(root, panel, series, i, frame);
     });
     for (const point of panel.points) drawPoint(root, point, frame.x, frame.y);
     const cursor = svg("g");
@@ -145,7 +155,7 @@
     if (panel.series.length < 2 && !panel.points.length && !panel.named) return;
     const list = html("ul", { class: "names" });
     panel.series.forEach((series, i) => {
-      const swatch = html("i");
+      const swatch = html("i", series.watched ? { class: "watched" } : {});
       swatch.style.background = colour(i);
       list.append(html("li", {}, swatch, series.name));
     });
@@ -162,7 +172,8 @@
 
   /** What can be read at each x of a chart, in order: training rows with a value, and evaluations. */
   const stops = (panel) => {
-    const rows = data.stage.map((_, i) => ({ i, x: data.axes[axis][i] })).filter(({ i }) => panel.series.some((s) => s.raw[i] !== null));
+    const { stage, axes } = places(panel);
+    const rows = stage.map((_, i) => ({ i, x: axes[axis][i] })).filter(({ i }) => panel.series.some((s) => s.raw[i] !== null));
     const points = panel.points.map((point) => ({ point, x: point[axis] }));
     return [...rows, ...points].sort((a, b) => a.x - b.x);
   };
@@ -179,7 +190,9 @@
     }
     const { i } = stop, unit = panel.unit && panel.unit !== "%" ? ` ${panel.unit}` : "";
     const lines = panel.series.filter((s) => s.raw[i] !== null).map((s) => pair(s.name, written(s.raw[i], panel.unit) + unit));
-    return [pair(`${data.stages[data.stage[i]]}, iteration ${data.iteration[i]}`, `${data.axes.minutes[i].toFixed(1)} min`), ...lines];
+    const { stage, iteration, axes, label } = places(panel), name = data.stages[stage[i]];
+    const told = label && label[i] !== "during" ? `${label[i]} ${name}` : `${name}, iteration ${iteration[i]}`;
+    return [pair(told, `${axes.minutes[i].toFixed(1)} min`), ...lines];
   };
 
   const show = (plot, stop) => {
