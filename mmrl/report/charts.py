@@ -160,8 +160,8 @@ PANELS = (
 HELD_OUT = Panel(
     "held_out",
     "Scores in evaluations",
-    "Means over the episodes of each evaluation. Nothing is trained on a watched score (dashed): where it falls while a trained one "
-    "rises, the reward is being hacked.",
+    "Means over the episodes of each evaluation. Nothing is trained on a watched score (dashed): where it falls while a trained "
+    "one rises, the reward is being hacked.",
     "",
     group="rewards",
     noisy=False,
@@ -207,10 +207,8 @@ def chart_data(rows: Sequence[Mapping[str, Any]], trained: frozenset[str] | None
     }
 
 
-def _evaluated(
-    rows: Sequence[Mapping[str, Any]], stages: Sequence[str], trained: frozenset[str] | None
-) -> list[dict[str, Any]]:
-    """What rewards gave in a run's evaluations: all in one panel, on axes of its own, and each in its own where they lie apart."""
+def _evaluated(rows: Sequence[Mapping[str, Any]], stages: Sequence[str], trained: frozenset[str] | None) -> list[dict[str, Any]]:
+    """What rewards gave in a run's evaluations: all in one panel, with axes of its own; each in its own too where they lie apart."""
     measured = [(row, scores) for row in rows if row["label"] in ("before", "during", "after") and (scores := _scores(row))]
     names = sorted({name for _, scores in measured for name in scores}, key=lambda name: (_is_watched(name, trained), name))
     axes = {
@@ -223,11 +221,11 @@ def _evaluated(
         "label": [row["label"] for row, _ in measured],
     }
     series = []
-    for name in names:
+    for place, name in enumerate(names):
         curve = [scores.get(name) for _, scores in measured]
         watched = _is_watched(name, trained)
         told = name if trained is None else f"{name} ({'watched' if watched else 'trained on'})"
-        series.append({**_series(told, curve, curve), "watched": watched})
+        series.append({**_series(told, curve, curve), "watched": watched, "colour": place})
     if not series:
         return []
     together = {**_empty(HELD_OUT), **axes, "series": series}
@@ -235,7 +233,10 @@ def _evaluated(
     if max(largest) <= APART * min(largest):
         return [together]
     alone = [
-        {**_empty(replace(HELD_OUT, key=f"held_out:{name}", title=f"{name} in evaluations", note="On a scale of its own.")), **axes}
+        {
+            **_empty(replace(HELD_OUT, key=f"held_out:{name}", title=f"{name} in evaluations", note="On a scale of its own.")),
+            **axes,
+        }
         for name in names
     ]
     return [together, *({**panel, "series": [each]} for panel, each in zip(alone, series, strict=True))]

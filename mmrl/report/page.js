@@ -13,6 +13,7 @@
     return element;
   };
   const colour = (i) => `var(--s${i % 6})`;
+  const colourOf = (series, i) => colour(series.colour ?? i);
   /** Where the values of a panel's curves lie: evaluations have places of their own. */
   const places = (panel) => (panel.axes ? panel : data);
 
@@ -61,13 +62,13 @@
     return { x0, x1, y0, y1, scale: (value) => value, ticks };
   };
 
-  /** Path through the values that are there, anew in every stage; a lone value becomes a dot. */
-  const path = (values, { axes, stage: stages }, x, y) => {
+  /** Path through the values that are there, anew in every stage (evaluations: over all of them); a lone value becomes a dot. */
+  const path = (values, { axes, stage: stages, label }, x, y) => {
     let d = "", stage = -1;
     values.forEach((value, i) => {
       if (value === null) return;
       const place = `${x(axes[axis][i]).toFixed(1)} ${y(value).toFixed(1)}`;
-      d += stages[i] === stage ? `L${place}` : `M${place}h.01`;
+      d += stages[i] === stage || (label && d) ? `L${place}` : `M${place}h.01`;
       stage = stages[i];
     });
     return d;
@@ -120,7 +121,7 @@
   /** The values of a curve that has few. */
   const drawValues = (root, panel, series, i, { x, y }) =>
     series.raw.forEach((value, k) => {
-      if (value !== null) root.append(svg("circle", { class: "value", fill: colour(i), cx: x(panel.axes[axis][k]), cy: y(value), r: 3.5 }));
+      if (value !== null) root.append(svg("circle", { class: "value", fill: colourOf(series, i), cx: x(panel.axes[axis][k]), cy: y(value), r: 3.5 }));
     });
 
   const draw = (plot) => {
@@ -137,9 +138,9 @@
     drawStages(root, frame);
     panel.series.forEach((series, i) => {
       const smoothed = series.smooth.some((value, k) => value !== series.raw[k]);
-      if (smoothed) root.append(svg("path", { class: "raw", stroke: colour(i), d: path(series.raw, data, frame.x, frame.y) }));
+      if (smoothed) root.append(svg("path", { class: "raw", stroke: colourOf(series, i), d: path(series.raw, data, frame.x, frame.y) }));
       const kind = series.watched ? "smooth watched" : "smooth";
-      root.append(svg("path", { class: kind, stroke: colour(i), d: path(series.smooth, places(panel), frame.x, frame.y) }));
+      root.append(svg("path", { class: kind, stroke: colourOf(series, i), d: path(series.smooth, places(panel), frame.x, frame.y) }));
       if (panel.axes) drawValues(root, panel, series, i, frame);
     });
     for (const point of panel.points) drawPoint(root, point, frame.x, frame.y);
@@ -156,7 +157,7 @@
     const list = html("ul", { class: "names" });
     panel.series.forEach((series, i) => {
       const swatch = html("i", series.watched ? { class: "watched" } : {});
-      swatch.style.background = colour(i);
+      swatch.style.background = colourOf(series, i);
       list.append(html("li", {}, swatch, series.name));
     });
     for (const kind of ["before", "during", "after"]) {
@@ -201,7 +202,7 @@
     cursor.replaceChildren(svg("line", { class: "cursor", x1: x, x2: x, y1: frame.top, y2: frame.bottom }));
     if (!stop.point)
       panel.series.forEach((series, k) => {
-        if (series.raw[stop.i] !== null) cursor.append(svg("circle", { class: "mark", fill: colour(k), cx: x, cy: frame.y(series.raw[stop.i]), r: 4.5 }));
+        if (series.raw[stop.i] !== null) cursor.append(svg("circle", { class: "mark", fill: colourOf(series, k), cx: x, cy: frame.y(series.raw[stop.i]), r: 4.5 }));
       });
     tip.replaceChildren(...describe(panel, stop));
     tip.hidden = false;

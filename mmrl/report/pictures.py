@@ -1,4 +1,4 @@
-"""Pictures that a policy drew: the same prompts at every evaluation of a run, and the best and the worst of groups in training."""
+"""Pictures that a policy drew: the same prompts at every evaluation of a run, and the best and worst of groups in training."""
 
 from __future__ import annotations
 

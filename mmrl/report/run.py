@@ -82,9 +82,7 @@ def load(run_dir: Path) -> Run:
     )
 
 
-def recorded_in(
-    folder: Path, rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], notices: list[str]
-) -> Recorded:
+def recorded_in(folder: Path, rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], notices: list[str]) -> Recorded:
     """``rows``: of metrics.jsonl, which say in what order stages came."""
     records = read_records(folder, notices)
     clips, left_out = clips_of([record for record in records if not is_conversation(record)], folder)

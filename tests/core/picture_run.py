@@ -87,7 +87,8 @@ class Fields:
         text = f"a {self.config.name} <b>{task_id}</b>"
         source = Picture(Image.new("RGB", (SIDE, 2 * SIDE), (task_id % 200, 200, 0)))
         parts = (text,) if task_id % 2 else (source, text)
-        return Question("new" if task_id % 2 else "edit", parts, (), unmarked)
+        family = "rare" if task_id % 8 == 6 else "new" if task_id % 2 else "edit"
+        return Question(family, parts, (), unmarked)
 
 
 class Shade:

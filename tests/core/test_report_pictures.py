@@ -26,7 +26,7 @@ from mmrl.transcripts import Question, Transcript, Turn, unmarked
 from tests.core import picture_run
 from tests.core.test_report import CONFIG, Inspector, data_of, open_in_chromium, text_of
 
-TASKS = [1_000_000, 1_000_001, 1_000_002]  # the first of each family, and the second of the first
+TASKS = [1_000_000, 1_000_001, 1_000_006]  # the first of each family, of which evaluations between iterations do not ask the last
 EVALUATIONS = ["paint-before", "paint-during-000001", "paint-during-000002", "paint-after", "more-after"]
 
 
@@ -48,6 +48,10 @@ def record(run_dir: Path, name: str) -> dict[str, Any]:
     return json.loads((run_dir / "trajectories" / f"{name}.json").read_text())
 
 
+def asked_in(evaluation: str) -> list[int]:
+    return TASKS[:2] if "during" in evaluation else TASKS
+
+
 def picture(run_dir: Path, kept: Mapping[str, Any]) -> Image.Image:
     """What the policy drew."""
     said = next(message for message in kept["messages"] if "calls" in message)
@@ -59,18 +63,19 @@ def picture(run_dir: Path, kept: Mapping[str, Any]) -> Image.Image:
 
 def test_every_evaluation_keeps_pictures_of_the_same_prompts(run_dir: Path) -> None:
     kept = {path.stem for path in (run_dir / "trajectories").glob("*.json") if "-training-" not in path.stem}
-    assert kept == {f"{evaluation}-{task}" for evaluation in EVALUATIONS for task in TASKS}
+    assert kept == {f"{evaluation}-{task}" for evaluation in EVALUATIONS for task in asked_in(evaluation)}
     reds = {}
     for evaluation in EVALUATIONS:
-        told = [record(run_dir, f"{evaluation}-{task}") for task in TASKS]
-        assert [each["instruction"] for each in told] == [f"a field <b>{task}</b>" for task in TASKS]
+        tasks = asked_in(evaluation)
+        told = [record(run_dir, f"{evaluation}-{task}") for task in tasks]
+        assert [each["instruction"] for each in told] == [f"a field <b>{task}</b>" for task in tasks]
         reds[evaluation] = [picture_run.shade(picture(run_dir, each), 0) for each in told]
         assert [each["scores"]["red"] for each in told] == pytest.approx(reds[evaluation], abs=1e-4)
         assert all(each["scores"]["broken"] is None for each in told)
     # from the same noise: what training moved, it moved everywhere alike
     assert reds["paint-before"] != reds["paint-after"] != reds["more-after"]
     for values in reds.values():
-        moved = [value - before for value, before in zip(values, reds["paint-before"], strict=True)]
+        moved = [value - before for value, before in zip(values, reds["paint-before"], strict=False)]
         assert max(moved) - min(moved) < 2.5 / 255
 
 
@@ -100,15 +105,18 @@ def test_the_grid_shows_prompts_by_evaluations_with_their_scores(run_dir: Path, 
         f"after paint success {success['paint', 'after', 3]:.1f} %",
         f"after more success {success['more', 'after', 1]:.1f} %",
     ]
-    order = [TASKS[0], TASKS[2], TASKS[1]]  # family by family
     assert len(rows) == 3
-    for task, (asked, *drawn) in zip(order, rows, strict=True):
-        assert text_of(asked).startswith(f"a field <b>{task}</b> {'new' if task % 2 else 'edit'} · task {task}")
+    families = dict(zip(TASKS, ("edit", "new", "rare"), strict=True))
+    for task, (asked, *drawn) in zip(TASKS, rows, strict=True):
+        assert text_of(asked).startswith(f"a field <b>{task}</b> {families[task]} · task {task}")
         sources = embedded(asked)
         assert len(sources) == 1 - task % 2
         if sources:
             assert (sources[0].size, sources[0].getpixel((3, 3))) == ((6, 12), (task % 200, 200, 0))
         for evaluation, cell in zip(EVALUATIONS, drawn, strict=True):
+            if task not in asked_in(evaluation):
+                assert text_of(cell) == "–"
+                continue
             told = record(run_dir, f"{evaluation}-{task}")
             red, cold = told["scores"]["red"], told["scores"]["cold"]
             mark = "✓" if red >= 0.5 else "✕"
@@ -136,10 +144,10 @@ def test_groups_show_the_best_and_the_worst_and_what_they_were_worth(run_dir: Pa
         for place, (figure, each) in enumerate(zip(figures, told, strict=True)):
             worth = (each["return"] - mean) / std
             said = text_of("<figure" + figure)
-            rank = ["best · ", "", "", "worst · "][place]
-            assert f"{'✓' if each['success'] else '✕'} {rank}reward {each['return']:.3g}" in said
-            advantage = float(re.search(r"advantage ([+−][\d.e−]+)", said)[1].replace("−", "-"))  # type: ignore[index]
-            assert advantage == pytest.approx(worth, rel=0.02)
+            rank = ["best", "reward", "reward", "worst"][place]
+            assert f"{'✓' if each['success'] else '✕'} {rank} {each['return']:.3g}" in said
+            advantage = float(re.search(r"advantage ([+−]?[\d.e−]+)", said)[1].replace("−", "-"))  # type: ignore[index]
+            assert advantage == pytest.approx(worth, rel=0.02, abs=1e-3)
             assert embedded(figure)[-1].tobytes() == picture(run_dir, each).tobytes()
 
 
@@ -148,7 +156,7 @@ def test_pictures_are_no_conversations_and_the_page_stays_self_contained(page: s
     inspector.feed(page)
     assert inspector.outside == [] and inspector.unnamed == 0 and inspector.scripts == 2
     groups = sum(group.count("<img") for group in page.split('<div class="card" role="group">')[1:])
-    assert inspector.pictures == 3 * 5 + 2 + groups
+    assert inspector.pictures == 3 * 5 - 2 + 2 + groups
     assert '<a href="#pictures">' in page and 'id="conversations"' not in page and 'id="rollouts"' not in page
     assert json.loads(data_of(page))["conversations"] == [] and "a field <b>" not in page
 
@@ -156,7 +164,10 @@ def test_pictures_are_no_conversations_and_the_page_stays_self_contained(page: s
 def test_scores_of_evaluations_share_a_chart_that_says_which_only_watch(run_dir: Path, page: str) -> None:
     (panel,) = [panel for panel in json.loads(data_of(page))["panels"] if panel["key"].startswith("held_out")]
     rows = [row for row in metrics.read(run_dir) if row["kind"] == "evaluation"]
-    assert [(series["name"], series["watched"]) for series in panel["series"]] == [("red (trained on)", False), ("cold (watched)", True)]
+    assert [(series["name"], series["watched"]) for series in panel["series"]] == [
+        ("red (trained on)", False),
+        ("cold (watched)", True),
+    ]
     for series, name in zip(panel["series"], ("score_red", "score_cold"), strict=True):
         assert series["raw"] == pytest.approx([row["metrics"][name] for row in rows], rel=1e-4)
     assert panel["axes"]["step"] == [row["step"] for row in rows] and len(rows) == len(EVALUATIONS)
@@ -183,8 +194,7 @@ def test_the_pictures_in_a_browser(run_dir: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(report, "_part", lambda name: real(name) + (driver if name == "pictures.js" else ""))
     (tmp_path / "run").symlink_to(run_dir)
     dom, console = open_in_chromium(report.build(tmp_path / "run"), tmp_path / "profile")
-    report_again = run_dir / "report.html"
-    assert console == [] and report_again.is_file()
+    assert console == []
     found = re.search(r'<pre id="answers">(.*?)</pre>', dom, flags=re.S)
     assert found is not None
     told = json.loads(html.unescape(found[1]))
@@ -196,9 +206,13 @@ def test_the_pictures_in_a_browser(run_dir: Path, tmp_path: Path, monkeypatch: p
         (True, sources[-1]),  # round the end
         (False, sources[-1]),
     ]
-    red = record(run_dir, f"paint-during-000001-{TASKS[2]}")["scores"]["red"]
+    red = record(run_dir, f"paint-during-000001-{TASKS[1]}")["scores"]["red"]
     first = " ".join(told["seen"][0][2].split())
-    assert first.startswith(f"a field <b>{TASKS[2]}</b> during paint, iteration 1") and f"red {red:.3g}" in first and "6 × 6" in first
+    assert (
+        first.startswith(f"a field <b>{TASKS[1]}</b> during paint, iteration 1")
+        and f"red {red:.3g}" in first
+        and "6 × 6" in first
+    )
     assert set(told["shapes"]) == {"pixelated"} and min(told["wide"]) > 80
     chart = re.search(r'data-panel="held_out".*?</figure>', dom, flags=re.S)
     assert chart is not None
@@ -292,7 +306,9 @@ def test_damaged_pictures_are_counted_and_the_others_shown(tmp_path: Path) -> No
         drawn(run, f"before-{n}", n, colour=n)
     (run / "secret.webp").write_bytes(b"secret")
     paths = sorted((run / "trajectories").glob("*.json"))
-    for path, change in zip(paths, ({"pictures": [{"file": "../secret.webp", "width": 1, "height": 1}]}, {"pictures": []}), strict=False):
+    for path, change in zip(
+        paths, ({"pictures": [{"file": "../secret.webp", "width": 1, "height": 1}]}, {"pictures": []}), strict=False
+    ):
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     last = json.loads(paths[3].read_text())
     (run / "trajectories" / last["pictures"][0]["file"]).write_bytes(b"no picture")
@@ -329,8 +345,13 @@ def test_scores_that_lie_apart_also_have_charts_of_their_own() -> None:
         ("held_out:a", ["a (watched)"]),
     ]
     assert panels[0]["axes"]["step"] == [0, 1, 2] and panels[0]["series"][0]["raw"] == [21.0, 20.0, 19.0]
-    assert [series["name"] for series in chart_data(rows)["panels"][0]["series"]] == ["a", "pick"]  # no word where it is not known
-    assert not [panel for panel in chart_data([row | {"metrics": {"far": 1.0}} for row in rows])["panels"] if "held_out" in panel["key"]]
+    assert [series["name"] for series in chart_data(rows)["panels"][0]["series"]] == [
+        "a",
+        "pick",
+    ]  # no word where it is not known
+    assert not [
+        panel for panel in chart_data([row | {"metrics": {"far": 1.0}} for row in rows])["panels"] if "held_out" in panel["key"]
+    ]
 
 
 RED: dict[str, Any] = {"target": "rewards:RedShade"}
@@ -346,7 +367,10 @@ COLLECT: dict[str, Any] = {"collect": {"num_envs": 2}}
         ([COLLECT, COLLECT | {"environment": {"rewards": [BLUE | {"weight": -1.0}]}}], {"red_shade", "cold"}),
         ([COLLECT | {"environment": {"pass_mark": 2}}], {"red_shade"}),
         ([COLLECT | {"rewards": [{"target": "mmrl.rewards.scored:Scored", "score": "cold"}]}], {"cold"}),
-        ([COLLECT | {"rewards": [{"target": "a:Scored", "score": "cold"}], "scoring": {"environment": 0.5}}], {"cold", "red_shade"}),
+        (
+            [COLLECT | {"rewards": [{"target": "a:Scored", "score": "cold"}], "scoring": {"environment": 0.5}}],
+            {"cold", "red_shade"},
+        ),
         ([COLLECT | {"rewards": [{"target": "a:Scored", "score": "cold", "weight": 0}, {"target": "a:Form"}]}], {"form"}),
         (None, {"red_shade"}),
     ],
