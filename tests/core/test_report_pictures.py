@@ -128,8 +128,13 @@ def test_the_grid_shows_prompts_by_evaluations_with_their_scores(run_dir: Path, 
     assert "Nothing was trained on broken, cold, which only watch." in text_of(page)
 
 
+def groups_of(page: str) -> list[str]:
+    section = page[page.index('<section id="pictures"') :].partition("</section>")[0]
+    return section.split('<div class="card" role="group">')[1:]
+
+
 def test_groups_show_the_best_and_the_worst_and_what_they_were_worth(run_dir: Path, page: str) -> None:
-    groups = page.split('<div class="card" role="group">')[1:]
+    groups = groups_of(page)
     assert [re.search(r"(paint|more) · iteration \d", text_of(group))[0] for group in groups] == [  # type: ignore[index]
         "paint · iteration 1",
         "paint · iteration 3",
@@ -155,7 +160,7 @@ def test_pictures_are_no_conversations_and_the_page_stays_self_contained(page: s
     inspector = Inspector()
     inspector.feed(page)
     assert inspector.outside == [] and inspector.unnamed == 0 and inspector.scripts == 2
-    groups = sum(group.count("<img") for group in page.split('<div class="card" role="group">')[1:])
+    groups = sum(group.count("<img") for group in groups_of(page))
     assert inspector.pictures == 3 * 5 - 2 + 2 + groups
     assert '<a href="#pictures">' in page and 'id="conversations"' not in page and 'id="rollouts"' not in page
     assert json.loads(data_of(page))["conversations"] == [] and "a field <b>" not in page
