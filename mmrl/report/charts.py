@@ -208,7 +208,7 @@ def chart_data(rows: Sequence[Mapping[str, Any]], trained: frozenset[str] | None
 
 
 def _evaluated(rows: Sequence[Mapping[str, Any]], stages: Sequence[str], trained: frozenset[str] | None) -> list[dict[str, Any]]:
-    """What rewards gave in a run's evaluations: all in one panel with axes of its own, and where they lie apart, each also alone."""
+    """What rewards gave in evaluations: all in one panel with axes of its own, and where they lie apart each also alone."""
     measured = [(row, scores) for row in rows if row["label"] in ("before", "during", "after") and (scores := _scores(row))]
     names = sorted({name for _, scores in measured for name in scores}, key=lambda name: (_is_watched(name, trained), name))
     axes = {
