@@ -126,7 +126,7 @@ class MeasuringConfig(Block):
     """Observations that the policy is asked about at once, the missing ones filled up: the results depend on it as far as
     rounding does, and fewer are cheaper where few environments run."""
     videos: NonNegativeInt = 8
-    """Episodes recorded for the report."""
+    """Episodes recorded for the report: always the same tasks, taken from the families in turn."""
     environment: dict[str, Any] = Field(default_factory=dict)
     """Fields of the environment that differ when evaluating, such as ``split: held_out``."""
 

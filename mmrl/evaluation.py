@@ -118,19 +118,21 @@ def evaluate(
     device: torch.device,
     progress: Progress,
     reel: Reel | None = None,
+    filmed: Collection[int] | None = None,
 ) -> EvaluationResult:
     """Play the tasks that ``settings`` asks for once each, ``num_envs`` of the environment at a time.
 
-    Without ``reel`` nothing is filmed; with it, ``settings.videos`` tasks are, taken from the families in turn before anything
-    ran. The numbers depend on policy, tasks, seed and ``settings.act_batch``, and neither on ``num_envs`` nor on what is filmed.
-    Raises TrainingError where the simulator lost every episode.
+    Without ``reel`` nothing is filmed; with it, those of the tasks ``filmed`` are that are played (None: ``to_film`` of
+    ``settings``). The numbers depend on policy, tasks, seed and ``settings.act_batch``, and neither on ``num_envs`` nor on what
+    is filmed. Raises TrainingError where the simulator lost every episode.
     """
     started = time.perf_counter()
     tasks = choose_tasks(environment, settings)
     player = Player(policy, environment, seed=seed, act_batch=settings.act_batch, device=device)
     with progress.task("evaluating", len(tasks)) as advance:
-        filmed = in_turn(_by_family(environment, tasks), settings.videos) if reel else ()
-        played = player.play(tasks, advance, reel, filmed)
+        if reel is not None and filmed is None:
+            filmed = to_film(environment, settings)
+        played = player.play(tasks, advance, reel, filmed or ())
     return result_of(played, time.perf_counter() - started)
 
 
@@ -167,6 +169,11 @@ def choose_tasks(environment: Environment, settings: MeasuringConfig) -> list[in
         f"'evaluation.episodes' is {wanted} of each task, but among {look} ids only {len(by_family[rare])} are of {rare}; "
         "ask for fewer"
     )
+
+
+def to_film(environment: Environment, settings: MeasuringConfig) -> list[int]:
+    """The ids of which the report shows what became: ``settings.videos`` of them, from the families in turn."""
+    return in_turn(_by_family(environment, choose_tasks(environment, settings)), settings.videos)
 
 
 def slots_of(settings: MeasuringConfig) -> int:

@@ -5,6 +5,9 @@ rewards gave, by name; null where one failed), ``ended``, ``evidence`` (a box of
 ``messages``. Pictures have the numbers, from 0, in which the conversation showed them: ``file``, the original's ``width`` and
 ``height``, ``source`` (the number of the one it was made from, or null) and ``box`` there.
 
+An episode that was answered with a picture also has, after training, ``group``: ``episodes``, ``mean`` and ``std`` (unbiased) of
+what the episodes of its task earned in that rollout.
+
 A message has its ``role`` and ``parts`` (text, or the number of a picture). One of the policy also has ``finish`` and ``calls``:
 ``name``, ``arguments``, ``error``, ``seconds``, ``rewards``, ``metrics`` and ``reply``, the place of the message that says what
 the call gave; where there is none, ``text`` says it. After training it has ``reward``, ``advantage`` and ``tokens`` as well: of
@@ -32,6 +35,7 @@ from mmrl.types import EpisodeRecord, Rollout
 
 PICTURES = "pictures"  # the folder of pictures, beside the conversations
 MAX_SIDE = 640  # of a kept picture, in pixels: as much as a reader needs
+TINY = 64  # pixels of a side, up to which every pixel counts
 LABEL = "training"  # of conversations from rollouts
 ROUNDS = 10  # rollouts of a stage whose conversations are kept, unless its config says how often
 
@@ -93,7 +97,8 @@ def _keep(picture: Picture, folder: Path) -> dict[str, Any]:
     if not path.exists():
         image = picture.image.copy()
         image.thumbnail((MAX_SIDE, MAX_SIDE))
-        atomic_write_bytes(path, min((_webp(image, lossless=True), _webp(image, lossless=False)), key=len))
+        ways = (True,) if max(image.size) <= TINY else (True, False)
+        atomic_write_bytes(path, min((_webp(image, lossless=way) for way in ways), key=len))
     about = {"file": f"{PICTURES}/{path.name}", "width": picture.image.width, "height": picture.image.height}
     box = None if picture.source is None else [round(side, 2) for side in picture.box_in_source()]
     return {**about, "source": picture.source, "box": box}
@@ -134,7 +139,9 @@ class Keeper:
         cut = transcript.ended in ("turns", "length")
         earned = _known(episodes.returns_M[place])
         paid = {name: float(score_M[place]) for name, score_M in episodes.scores.items()} or {ENVIRONMENT: earned}
+        group = {} if transcript.shown is None else {"group": _group(episodes, transcript.task_id)}
         return {
+            **group,
             "task_id": transcript.task_id,
             "family": transcript.question.family,
             "instruction": transcript.opening[-1].text if transcript.opening else "",
@@ -184,6 +191,13 @@ def chosen(episodes: EpisodeRecord, most: int) -> list[int]:
     ranked = sorted(group, key=lambda m: -returns[m])
     turns = [ranked[place // 2 if place % 2 == 0 else -1 - place // 2] for place in range(len(ranked))]
     return turns[:most]
+
+
+def _group(episodes: EpisodeRecord, task: int) -> dict[str, float | int | None]:
+    """What the episodes of a task earned."""
+    returns = episodes.returns_M[episodes.task_ids_M == task].double()
+    spread = returns.std() if len(returns) > 1 else 0.0
+    return {"episodes": len(returns), "mean": _known(returns.mean()), "std": _known(spread)}
 
 
 def _known(number: Any) -> float | None:

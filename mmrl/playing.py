@@ -73,16 +73,26 @@ class Played:
 
 
 class Reel(NamedTuple):
-    """Where episodes are kept: as ``folder``/``stem``-TASK.json, which says ``about`` and how it ended, and what goes with it."""
+    """Where episodes are kept: as ``folder``/``stem``-TASK.json, which says ``about`` and how it ended, and what goes with it.
+
+    pictures_alone: whether nothing is kept but episodes that were answered with a picture, as these cost little.
+    """
 
     folder: Path
     stem: str
-    about: Mapping[str, str]
+    about: Mapping[str, str | int]
+    pictures_alone: bool = False
 
 
 def stage_reel(folder: Path, stage: str, label: str) -> Reel:
-    """Of an evaluation within a run."""
+    """Of an evaluation of a run."""
     return Reel(folder, f"{stage}-{label}", {"label": label, "stage": stage})
+
+
+def reel_within(folder: Path, stage: str, iteration: int) -> Reel:
+    """Of an evaluation between two iterations of a stage, of which ``iteration`` are over."""
+    about = {"label": "during", "stage": stage, "iteration": iteration}
+    return Reel(folder, f"{stage}-during-{iteration:06d}", about, pictures_alone=True)
 
 
 class Player:
@@ -133,7 +143,7 @@ class Player:
         tasks_B = torch.tensor(tasks + tasks[-1:] * (environment.num_envs - n), device=self.device)
         observation = environment.reset(tasks_B)
         instructions, score = observation.instructions, _Score(tasks_B)
-        recorder = _recorder(environment, [slot for slot, task in enumerate(tasks) if task in filmed])
+        recorder = _recorder(environment, [slot for slot, task in enumerate(tasks) if task in filmed], reel)
         recorder.look()
         for decision in count():
             rows_N = (~score.done_B[:n]).nonzero()[:, 0]
@@ -246,7 +256,9 @@ class _Notes(_Nothing):
 
     def save(self, episodes: list[Played], reel: Reel) -> None:
         for slot, episode, name in _kept(self.slots, episodes, reel):
-            write_conversation(reel.folder, name, self.environment.transcript(slot), {**reel.about, **episode.row()})
+            told = self.environment.transcript(slot)
+            if told.shown or not reel.pictures_alone:
+                write_conversation(reel.folder, name, told, {**reel.about, **episode.row()})
 
 
 class _Film:
@@ -274,15 +286,16 @@ class _Film:
             atomic_write_text(reel.folder / f"{name}.json", json.dumps(about, indent=1) + "\n")
 
 
-# What an environment can do -> who keeps its episodes; the first that fits.
+# What an environment can do -> who keeps its episodes; the first that fits, and only the first can keep pictures.
 _RECORDERS: tuple[tuple[type, Callable[[Any, list[int]], _Recorder]], ...] = (
     (TalkingEnvironment, _Notes),
     (RenderEnvironment, _Film),
 )
 
 
-def _recorder(environment: Environment, slots: list[int]) -> _Recorder:
-    made = (make(environment, slots) for promise, make in _RECORDERS if slots and isinstance(environment, promise))
+def _recorder(environment: Environment, slots: list[int], reel: Reel | None) -> _Recorder:
+    known = _RECORDERS[:1] if reel is not None and reel.pictures_alone else _RECORDERS
+    made = (make(environment, slots) for promise, make in known if slots and isinstance(environment, promise))
     return next(made, _Nothing())
 
 

@@ -20,10 +20,10 @@ from mmrl.building import build_environment, build_parts, build_policy, choose_d
 from mmrl.component import Component
 from mmrl.config import RunConfig, dump, load
 from mmrl.errors import CheckpointError, ConfigError, MMRLError, TrainingError
-from mmrl.evaluation import evaluate, slots_of
+from mmrl.evaluation import evaluate, slots_of, to_film
 from mmrl.learners import Setting, make_learner
 from mmrl.metrics import MetricsWriter
-from mmrl.playing import stage_reel
+from mmrl.playing import reel_within, stage_reel
 from mmrl.progress import Progress
 from mmrl.protocols import DataContext, Environment, ExampleSource
 from mmrl.report.system import describe_system
@@ -141,6 +141,7 @@ class Stage:
         self._take_weights(previous, saved)
         self.sources: dict[str, ExampleSource] = {}
         self.evaluation_environment: Environment | None = None
+        self._filmed: list[int] = []
         self.learner = make_learner(self._setting())
         self.iteration = 0
         if saved is not None:
@@ -250,9 +251,11 @@ class Stage:
             slots = slots_of(evaluation)
             changes = (self._environment_changes(), ("evaluation.environment", evaluation.environment))
             self.evaluation_environment = build_environment(run.config, slots, run.device, *changes)
+            self._filmed = to_film(self.evaluation_environment, evaluation)  # the same at every evaluation
         settings, reel = evaluation, stage_reel(run.dir / "trajectories", self.config.name, label)
         if label == "during":
-            settings, reel = evaluation.model_copy(update={"episodes": evaluation.episodes_during or evaluation.episodes}), None
+            settings = evaluation.model_copy(update={"episodes": evaluation.episodes_during or evaluation.episodes})
+            reel = reel_within(run.dir / "trajectories", self.config.name, self.iteration)
         with self.learner.optimization.ema_scope():
             result = evaluate(
                 self.policy,
@@ -262,6 +265,7 @@ class Stage:
                 device=run.device,
                 progress=run.progress,
                 reel=reel,
+                filmed=self._filmed,
             )
         run.metrics.evaluation(self.config.name, self.iteration, label, result.row())
         run.progress.note(f"{self.config.name}, {label}: {result.sentence()}")

@@ -112,6 +112,12 @@ class Transcript:
         return tuple(call for turn in self.turns for call in turn.calls)
 
     @property
+    def shown(self) -> Picture | None:
+        """The picture that the policy answered with: the last of its last message; None where it gave none."""
+        pictures = self.turns[-1].message.pictures if self.turns else ()
+        return pictures[-1] if pictures else None
+
+    @property
     def mark(self) -> float:
         """Of the answer: 0 (wrong, or none) to 1; NaN for a picture."""
         return 0.0 if self.answer is None else float(self.question.check(self.answer))

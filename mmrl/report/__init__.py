@@ -23,12 +23,13 @@ from mmrl.report.evaluation import is_evaluation
 from mmrl.report.files import replacing
 from mmrl.report.run import load
 from mmrl.report.summary import summarize
+from mmrl.report.trained import trained_scores
 
 __all__ = ["FILE", "build", "build_evaluation", "is_evaluation"]
 
 FILE = "report.html"
-_STYLES = ("page.css", "conversations.css")
-_SCRIPTS = ("elements.js", "page.js", "conversations.js")  # one after the other, as one
+_STYLES = ("page.css", "conversations.css", "pictures.css")
+_SCRIPTS = ("elements.js", "page.js", "conversations.js", "pictures.js")  # one after the other, as one
 
 
 def build(run_dir: Path) -> Path:
@@ -38,7 +39,7 @@ def build(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     run = load(run_dir)
-    charts = chart_data(run.rows)
+    charts = chart_data(run.rows, trained_scores(run.config))
     data = charts | run.recorded.talks.data()
     return _write(run_dir, "page.html.jinja", data, run=run, summary=summarize(run), charts=charts)
 

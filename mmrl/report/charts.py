@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmrl.metrics import SHARED_FIELDS
+from mmrl.picturing import SCORE
 from mmrl.report.summary import Rate
 
 MAX_POINTS = 600  # of a curve: more than a screen has room for, few enough for a page that opens at once
@@ -156,11 +157,25 @@ PANELS = (
     Panel("speed", "Environment steps", "Collected per second.", r"(^|/)env_steps_per_s$", "steps/s", 0, group="speed"),
     Panel("decisions", "Decisions", "Made per second.", r"(^|/)decisions_per_s$", "decisions/s", 0, group="speed"),
 )
+HELD_OUT = Panel(
+    "held_out",
+    "Scores in evaluations",
+    "Means over the episodes of each evaluation. Nothing is trained on a watched score (dashed): where it falls while a trained "
+    "one rises, the reward is being hacked.",
+    "",
+    group="rewards",
+    noisy=False,
+    named=True,
+)
+APART = 5.0  # times as large: a score beside which another cannot be read
 _TIMES = re.compile(r"^seconds/")  # shown as the wall-clock split
 
 
-def chart_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What page.js draws: axes shared by all curves, and the panels that have data, as plain JSON values (no NaN)."""
+def chart_data(rows: Sequence[Mapping[str, Any]], trained: frozenset[str] | None = None) -> dict[str, Any]:
+    """What page.js draws: axes shared by all curves, and the panels that have data, as plain JSON values (no NaN).
+
+    trained: the scores that something was trained on, of those that evaluations measured; None: not known.
+    """
     binned = _binned([row for row in rows if row["kind"] == "train"])
     names = sorted(
         {name for row in binned for name, value in row.items() if name not in SHARED_FIELDS and _finite(value) is not None}
@@ -180,14 +195,62 @@ def chart_data(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ]
     if points:
         panels.setdefault("success", _empty(SUCCESS))["points"] = points
+    evaluated = _evaluated([row for row in rows if row["kind"] == "evaluation"], stages, trained)
     order = [panel.key for panel in PANELS]
     return {
         "axes": {"step": [row["step"] for row in binned], "minutes": [_round(row["seconds"] / 60) for row in binned]},
         "stages": stages,
         "stage": [stages.index(row["stage"]) for row in binned],
         "iteration": [row["iteration"] for row in binned],
-        "panels": sorted(panels.values(), key=lambda panel: order.index(panel["key"]) if panel["key"] in order else len(order)),
+        "panels": evaluated
+        + sorted(panels.values(), key=lambda panel: order.index(panel["key"]) if panel["key"] in order else len(order)),
     }
+
+
+def _evaluated(rows: Sequence[Mapping[str, Any]], stages: Sequence[str], trained: frozenset[str] | None) -> list[dict[str, Any]]:
+    """What rewards gave in evaluations: all in one panel with axes of its own, and where they lie apart each also alone."""
+    measured = [(row, scores) for row in rows if row["label"] in ("before", "during", "after") and (scores := _scores(row))]
+    names = sorted({name for _, scores in measured for name in scores}, key=lambda name: (_is_watched(name, trained), name))
+    axes = {
+        "axes": {
+            "step": [row["step"] for row, _ in measured],
+            "minutes": [_round(row["seconds"] / 60) for row, _ in measured],
+        },
+        "stage": [stages.index(row["stage"]) for row, _ in measured],
+        "iteration": [row["iteration"] for row, _ in measured],
+        "label": [row["label"] for row, _ in measured],
+    }
+    series = []
+    for place, name in enumerate(names):
+        curve = [scores.get(name) for _, scores in measured]
+        watched = _is_watched(name, trained)
+        told = name if trained is None else f"{name} ({'watched' if watched else 'trained on'})"
+        series.append({**_series(told, curve, curve), "watched": watched, "colour": place})
+    if not series:
+        return []
+    together = {**_empty(HELD_OUT), **axes, "series": series}
+    largest = [max(abs(value) for value in each["raw"] if value is not None) for each in series]
+    if max(largest) <= APART * min(largest):
+        return [together]
+    alone = [
+        {
+            **_empty(replace(HELD_OUT, key=f"held_out:{name}", title=f"{name} in evaluations", note="On a scale of its own.")),
+            **axes,
+        }
+        for name in names
+    ]
+    return [together, *({**panel, "series": [each]} for panel, each in zip(alone, series, strict=True))]
+
+
+def _is_watched(name: str, trained: frozenset[str] | None) -> bool:
+    return trained is not None and name not in trained
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, float]:
+    """The mean of each of the environment's rewards in an evaluation."""
+    known = row.get("metrics")
+    numbers = {name: _finite(value) for name, value in known.items()} if isinstance(known, Mapping) else {}
+    return {name.removeprefix(SCORE): value for name, value in numbers.items() if name.startswith(SCORE) and value is not None}
 
 
 def smooth(values: Sequence[float | None], stages: Sequence[str]) -> Curve:

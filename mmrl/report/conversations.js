@@ -39,9 +39,6 @@
     return `image ${n + 1} · ${width} × ${height}${source === null ? "" : ` · of image ${source + 1}`}`;
   };
 
-  const enlarged = html("dialog", { id: "enlarged" });
-  document.body.append(enlarged);
-  enlarged.addEventListener("click", () => enlarged.close());
   const enlarge = (talk, n) => {
     const shown = screen(talk, n), { width, height } = talk.pictures[n];
     shown.style.setProperty("--shape", width / height);

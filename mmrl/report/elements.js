@@ -11,5 +11,10 @@ const html = (name, attributes = {}, ...children) => {
   return element;
 };
 
+/** Shows something large, over the page, until it is clicked. */
+const enlarged = html("dialog", { id: "enlarged" });
+document.body.append(enlarged);
+enlarged.addEventListener("click", () => enlarged.close());
+
 /** A line of the tip: a name and a value. */
 const pair = (name, value) => html("p", {}, html("span", {}, name), html("b", {}, value));

@@ -42,7 +42,7 @@ def load(folder: Path) -> Measured:
     try:
         numbers = json.loads(path.read_text(encoding="utf-8"))
         config, checkpoint = numbers["config"], numbers["checkpoint"]
-        recorded = recorded_in(folder / TRAJECTORIES, (), notices)
+        recorded = recorded_in(folder / TRAJECTORIES, (), config, notices)
         recorded.clips.sort(key=lambda clip: (clip.family, not clip.success, clip.task_id))
         where = f", {checkpoint['stage']} after {checkpoint['iteration']} iterations" if "stage" in checkpoint else ""
         return Measured(

@@ -13,6 +13,9 @@
     return element;
   };
   const colour = (i) => `var(--s${i % 6})`;
+  const colourOf = (series, i) => colour(series.colour ?? i);
+  /** Where the values of a panel's curves lie: evaluations have places of their own. */
+  const places = (panel) => (panel.axes ? panel : data);
 
   /** Round values between low and high, about `count` of them. */
   const ticks = (low, high, count) => {
@@ -45,7 +48,7 @@
   const domain = (panel) => {
     const xs = [], ys = [];
     for (const series of panel.series)
-      series.raw.forEach((y, i) => { if (y !== null) { xs.push(data.axes[axis][i]); ys.push(y); } });
+      series.raw.forEach((y, i) => { if (y !== null) { xs.push(places(panel).axes[axis][i]); ys.push(y); } });
     for (const point of panel.points) { xs.push(point[axis]); ys.push(point.low, point.high); }
     const extent = (values) => values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
     let [x0, x1] = extent(xs), [y0, y1] = extent(ys);
@@ -59,14 +62,14 @@
     return { x0, x1, y0, y1, scale: (value) => value, ticks };
   };
 
-  /** Path through the values that are there, anew in every stage; a lone value becomes a dot. */
-  const path = (values, x, y) => {
+  /** Path through the values that are there, anew in every stage (evaluations: over all of them); a lone value becomes a dot. */
+  const path = (values, { axes, stage: stages, label }, x, y) => {
     let d = "", stage = -1;
     values.forEach((value, i) => {
       if (value === null) return;
-      const place = `${x(data.axes[axis][i]).toFixed(1)} ${y(value).toFixed(1)}`;
-      d += data.stage[i] === stage ? `L${place}` : `M${place}h.01`;
-      stage = data.stage[i];
+      const place = `${x(axes[axis][i]).toFixed(1)} ${y(value).toFixed(1)}`;
+      d += stages[i] === stage || (label && d) ? `L${place}` : `M${place}h.01`;
+      stage = stages[i];
     });
     return d;
   };
@@ -115,6 +118,12 @@
     root.append(svg("circle", { class: `point ${point.kind}`, cx, cy: y(point.y), r: point.kind === "during" ? 3.5 : 5 }));
   };
 
+  /** The values of a curve that has few. */
+  const drawValues = (root, panel, series, i, { x, y }) =>
+    series.raw.forEach((value, k) => {
+      if (value !== null) root.append(svg("circle", { class: "value", fill: colourOf(series, i), cx: x(panel.axes[axis][k]), cy: y(value), r: 3.5 }));
+    });
+
   const draw = (plot) => {
     const panel = panels.get(plot.dataset.panel), width = plot.clientWidth, height = plot.clientHeight;
     if (width === 0) return; // within a closed <details>; the observer calls again when it opens
@@ -129,8 +138,10 @@
     drawStages(root, frame);
     panel.series.forEach((series, i) => {
       const smoothed = series.smooth.some((value, k) => value !== series.raw[k]);
-      if (smoothed) root.append(svg("path", { class: "raw", stroke: colour(i), d: path(series.raw, frame.x, frame.y) }));
-      root.append(svg("path", { class: "smooth", stroke: colour(i), d: path(series.smooth, frame.x, frame.y) }));
+      if (smoothed) root.append(svg("path", { class: "raw", stroke: colourOf(series, i), d: path(series.raw, data, frame.x, frame.y) }));
+      const kind = series.watched ? "smooth watched" : "smooth";
+      root.append(svg("path", { class: kind, stroke: colourOf(series, i), d: path(series.smooth, places(panel), frame.x, frame.y) }));
+      if (panel.axes) drawValues(root, panel, series, i, frame);
     });
     for (const point of panel.points) drawPoint(root, point, frame.x, frame.y);
     const cursor = svg("g");
@@ -145,8 +156,8 @@
     if (panel.series.length < 2 && !panel.points.length && !panel.named) return;
     const list = html("ul", { class: "names" });
     panel.series.forEach((series, i) => {
-      const swatch = html("i");
-      swatch.style.background = colour(i);
+      const swatch = html("i", series.watched ? { class: "watched" } : {});
+      swatch.style.background = colourOf(series, i);
       list.append(html("li", {}, swatch, series.name));
     });
     for (const kind of ["before", "during", "after"]) {
@@ -162,7 +173,8 @@
 
   /** What can be read at each x of a chart, in order: training rows with a value, and evaluations. */
   const stops = (panel) => {
-    const rows = data.stage.map((_, i) => ({ i, x: data.axes[axis][i] })).filter(({ i }) => panel.series.some((s) => s.raw[i] !== null));
+    const { stage, axes } = places(panel);
+    const rows = stage.map((_, i) => ({ i, x: axes[axis][i] })).filter(({ i }) => panel.series.some((s) => s.raw[i] !== null));
     const points = panel.points.map((point) => ({ point, x: point[axis] }));
     return [...rows, ...points].sort((a, b) => a.x - b.x);
   };
@@ -179,7 +191,9 @@
     }
     const { i } = stop, unit = panel.unit && panel.unit !== "%" ? ` ${panel.unit}` : "";
     const lines = panel.series.filter((s) => s.raw[i] !== null).map((s) => pair(s.name, written(s.raw[i], panel.unit) + unit));
-    return [pair(`${data.stages[data.stage[i]]}, iteration ${data.iteration[i]}`, `${data.axes.minutes[i].toFixed(1)} min`), ...lines];
+    const { stage, iteration, axes, label } = places(panel), name = data.stages[stage[i]];
+    const told = label && label[i] !== "during" ? `${label[i]} ${name}` : `${name}, iteration ${iteration[i]}`;
+    return [pair(told, `${axes.minutes[i].toFixed(1)} min`), ...lines];
   };
 
   const show = (plot, stop) => {
@@ -188,7 +202,7 @@
     cursor.replaceChildren(svg("line", { class: "cursor", x1: x, x2: x, y1: frame.top, y2: frame.bottom }));
     if (!stop.point)
       panel.series.forEach((series, k) => {
-        if (series.raw[stop.i] !== null) cursor.append(svg("circle", { class: "mark", fill: colour(k), cx: x, cy: frame.y(series.raw[stop.i]), r: 4.5 }));
+        if (series.raw[stop.i] !== null) cursor.append(svg("circle", { class: "mark", fill: colourOf(series, k), cx: x, cy: frame.y(series.raw[stop.i]), r: 4.5 }));
       });
     tip.replaceChildren(...describe(panel, stop));
     tip.hidden = false;

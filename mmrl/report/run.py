@@ -12,7 +12,9 @@ import yaml
 from mmrl import metrics
 from mmrl.errors import MMRLError
 from mmrl.report.conversations import Talks, is_conversation, talks_of
+from mmrl.report.pictures import Pictures, is_picture, pictures_of
 from mmrl.report.recordings import Clip, clips_of, read_records
+from mmrl.report.trained import trained_scores
 
 TRAJECTORIES = "trajectories"  # the folder of recorded episodes, of a run as of an evaluation
 
@@ -24,6 +26,7 @@ class Recorded:
     clips: list[Clip]
     clips_left_out: int
     talks: Talks
+    pictures: Pictures
 
 
 @dataclass(frozen=True)
@@ -65,24 +68,28 @@ def load(run_dir: Path) -> Run:
         )
     notices: list[str] = []
     config_text = _text(run_dir / "config.yaml", notices)
+    config = _mapping(config_text, run_dir / "config.yaml", notices)
     rows = metrics.read(run_dir)
-    recorded = recorded_in(run_dir / TRAJECTORIES, [row["stage"] for row in rows], notices)
+    recorded = recorded_in(run_dir / TRAJECTORIES, rows, config, notices)
     return Run(
         name=run_dir.resolve().name,
         rows=rows,
         config_text=config_text,
-        config=_mapping(config_text, run_dir / "config.yaml", notices),
+        config=config,
         environment=_mapping(_text(run_dir / "environment.json", notices), run_dir / "environment.json", notices),
         recorded=replace(recorded, clips=_side_by_side(recorded.clips, [row["stage"] for row in rows])),
         notices=notices,
     )
 
 
-def recorded_in(folder: Path, stages: Sequence[str], notices: list[str]) -> Recorded:
-    """``stages``: in the order of the run."""
+def recorded_in(folder: Path, rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], notices: list[str]) -> Recorded:
+    """``rows``: of metrics.jsonl, which say in what order stages came."""
     records = read_records(folder, notices)
     clips, left_out = clips_of([record for record in records if not is_conversation(record)], folder)
-    return Recorded(clips, left_out, talks_of(filter(is_conversation, records), folder, stages, notices))
+    drawn = [record for record in records if is_picture(record)]
+    said = [record for record in records if is_conversation(record) and not is_picture(record)]
+    talks = talks_of(said, folder, [row["stage"] for row in rows], notices)
+    return Recorded(clips, left_out, talks, pictures_of(drawn, folder, rows, trained_scores(config), notices))
 
 
 def _text(path: Path, notices: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from mmrl.errors import TrainingError
 from mmrl.keeping import MAX_SIDE, Keeper, chosen, write_conversation
 from mmrl.measuring import load_measurement, measure
 from mmrl.messages import Message, Picture, ToolResult
-from mmrl.playing import Player, Reel
+from mmrl.playing import Player, Reel, reel_within
 from mmrl.progress import Quiet
 from mmrl.protocols import Advantages, LegiblePolicy
 from mmrl.rollout import Collector
@@ -113,6 +114,37 @@ def test_a_large_picture_is_kept_smaller_and_remembers_its_size(tmp_path: Path) 
     assert (picture["width"], picture["height"]) == (2000, 900) and record["evidence"] == [1, 2, 3, 4]
     with Image.open(tmp_path / picture["file"]) as image:
         assert image.size == (MAX_SIDE, 288)
+
+
+def test_tiny_pictures_lose_nothing(tmp_path: Path) -> None:
+    noise = torch.randint(0, 256, (32, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(noise.numpy())
+    write_conversation(tmp_path, "tiny", tale(about=question([Picture(image)])), {})
+    with Image.open(tmp_path / read(tmp_path)[0]["pictures"][0]["file"]) as kept:
+        assert kept.convert("RGB").tobytes() == image.tobytes()
+
+
+def test_between_iterations_conversations_are_not_written_down(tmp_path: Path) -> None:
+    policy: Any = Chooser(Chooser.Config((1.0, 0.0, 0.0)), device=CPU)
+    environment: Any = Sums(Sums.Config(picture=True), num_envs=2, device=CPU)
+    player = Player(policy, environment, seed=0, act_batch=4, device=CPU)
+    player.play([3, 4], lambda n: None, reel_within(tmp_path, "improve", 2), [3, 4])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_group_that_was_answered_with_pictures_says_what_it_earned(tmp_path: Path) -> None:
+    shown = Picture(Image.new("RGB", (8, 8), (1, 2, 3)))
+    told = [replace(tale(task=task), turns=(Turn(Message("assistant", (shown,))),)) for task in (1, 2, 1, 1)]
+    returns_M, zeros_M = torch.tensor([0.5, 9.0, 2.0, 0.5]), torch.zeros(4, dtype=torch.long)
+    spans_M3 = torch.tensor([[slot, 0, 0] for slot in range(4)])
+    record = EpisodeRecord(torch.tensor([1, 2, 1, 1]), returns_M, zeros_M, zeros_M, {}, spans_M3, tuple(told))
+    rewards_TB, true_TB = returns_M[None], torch.ones(1, 4, dtype=torch.bool)
+    rollout: Any = SimpleNamespace(episodes=record, rewards_TB=rewards_TB, valid_TB=true_TB)
+    keep_TB = torch.tensor([[True, True, True, False]])
+    records = keep(object(), rollout, Advantages(rewards_TB - 1, rewards_TB, keep_TB, {}), tmp_path)
+    assert [each["group"] for each in records] == [{"episodes": 3, "mean": 1.0, "std": 0.86603}] * 3
+    assert [each["messages"][-1]["advantage"] for each in records] == [1.0, None, -0.5]
+    assert [each["return"] for each in records] == [2.0, 0.5, 0.5]
 
 
 def test_calls_without_a_message_each_say_themselves_what_they_gave(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from mmrl import component
 from mmrl.component import Component
 from mmrl.numerics.draws import Draws
-from mmrl.playing import Played, Player, Reel, seats
+from mmrl.playing import Played, Player, Reel, reel_within, seats
 from mmrl.types import Decision, Observation
-from tests.core import tiny_run
+from tests.core import picture_run, tiny_run
 from tests.core.test_evaluation import Filmed, length_of
 
 CPU = torch.device("cpu")
@@ -64,6 +66,39 @@ def test_rows_and_places_do_not_depend_on_num_envs(tmp_path: Path) -> None:
         assert play(Fussy(), Filmed(num_envs), tasks, act_batch=4, reel=Reel(tmp_path, "film", {})) == ones
     assert play(Fussy(), Filmed(3), tasks[5:9], act_batch=4) == ones[5:9]  # nor on which tasks are played
     assert play(Fussy(), Filmed(3), tasks, act_batch=5) != ones
+
+
+def test_between_iterations_nothing_is_filmed(tmp_path: Path) -> None:
+    class Unseen(Filmed):
+        def render_video(self, index_M: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("a film costs time")
+
+    tasks = [*range(100, 110)]
+    assert play(Fussy(), Unseen(3), tasks, act_batch=4, reel=reel_within(tmp_path, "improve", 7)) == play(
+        Fussy(), Filmed(3), tasks, act_batch=4
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_kept_between_iterations_and_do_not_hang_on_num_envs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(component, "resolve", picture_run.resolve)
+    painter: Any = picture_run.Painter(picture_run.Painter.Config(), device=CPU)
+    block = {"target": "mmrl.picturing:PictureEnvironment", "prompts": {"target": "fake:Fields"}}
+    block["rewards"] = [{"target": "fake:Red"}]  # type: ignore[assignment]
+    tasks, kept = [*range(100, 107)], {}
+    for num_envs in (1, 3):
+        world = Component.parse(block).build(num_envs=num_envs, device=CPU)
+        folder = tmp_path / str(num_envs)
+        played = play(painter, world, tasks, act_batch=2, reel=reel_within(folder, "improve", 7))
+        kept[num_envs] = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+        assert sorted(kept[num_envs]) == [f"improve-during-000007-{task}.json" for task in (100, 103, 106)]
+        for episode in played[::3]:
+            told = kept[num_envs][f"improve-during-000007-{episode.task_id}.json"]
+            assert (told["label"], told["stage"], told["iteration"]) == ("during", "improve", 7)
+            assert told["scores"]["red"] == pytest.approx(episode.metrics["score_red"], abs=1e-4)
+    assert kept[1] == kept[3]
 
 
 def _pi0(tmp_path: Path) -> tuple[Any, Callable[[int], Any]]:
