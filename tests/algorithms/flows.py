@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmrl.messages import Message
 from mmrl.numerics.draws import Draws
 from mmrl.numerics.flow import gaussian_entropy, gaussian_log_prob, guarded_time, interpolate, time_grid, transition
+from mmrl.transcripts import Question, Transcript, Turn
 from mmrl.types import ActionSpec, Decision, Evaluation, Loss, Observation, Packing, Rollout, Step, Talks
 
 S, D = 2, 3  # numbers of a prompt and of a "picture"
@@ -164,10 +165,11 @@ class Aim:
         pass
 
     def __init__(self, config: Config, *, num_envs: int, device: torch.device) -> None:
-        self.num_envs = num_envs
+        self.num_envs, self.state = num_envs, torch.zeros(num_envs, S, dtype=torch.float64)
 
     def reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Observation:
-        self.state = Draws.of(5, task_ids_B).normal(S, dtype=torch.float64)
+        where_B = torch.ones_like(task_ids_B, dtype=torch.bool) if where_B is None else where_B
+        self.state = torch.where(where_B[:, None], Draws.of(5, task_ids_B).normal(S, dtype=torch.float64), self.state)
         return Observation({}, self.state, ("aim",) * self.num_envs)
 
     def step(self, actions_BCA: Tensor) -> Step:
@@ -182,6 +184,19 @@ class Aim:
         return ("aim",) * len(task_ids_M)
 
     def close(self) -> None: ...
+
+
+class Prompted(Aim):
+    """The same for three prompts that come again, and that are told."""
+
+    def reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Observation:
+        self.tasks = task_ids_B
+        return super().reset(task_ids_B % 3, where_B)
+
+    def transcript(self, slot: int) -> Transcript:
+        question = Question("aim", (f"prompt {int(self.tasks[slot]) % 3}",), (), lambda answer: 0.0)
+        turn = Turn(Message("assistant", ("there",)))
+        return Transcript(int(self.tasks[slot]), question, (Message("user", question.parts),), (turn,), "", "answer")
 
 
 class Examples:
@@ -211,6 +226,4 @@ def talks(prompts: Tensor, clean: Tensor) -> Talks:
     def said(numbers: Tensor) -> tuple[str]:
         return (" ".join(map(repr, numbers.tolist())),)
 
-    return Talks(
-        tuple((Message("user", said(a)), Message("assistant", said(b))) for a, b in zip(prompts, clean, strict=True))
-    )
+    return Talks(tuple((Message("user", said(a)), Message("assistant", said(b))) for a, b in zip(prompts, clean, strict=True)))

@@ -130,3 +130,34 @@ def test_no_rows_no_minibatches() -> None:
 )
 def test_micro_batches_cover_every_row_once(size: int, micro: int | None, expected: list[tuple[int, int]]) -> None:
     assert [(piece.start, piece.stop) for piece in micro_batches(size, micro)] == expected
+
+
+def test_means_of_units_follow_their_units() -> None:
+    """One sample a decision, and one an episode of several."""
+    valid_TB = torch.tensor([[True, True], [True, False], [True, False]])
+    rollout = numbered(3, 2, valid_TB)
+    ended_TB = torch.tensor([[False, True], [False, False], [True, False]])
+    means_TBKD = rollout.log_probs_TBK[..., None] + torch.tensor([0.0, 1000.0, 2000.0])
+    rollout = replace(rollout, terminated_TB=ended_TB, means_TBKD=means_TBKD, reference_means_TBKD=-means_TBKD)
+    advantages = Advantages(rollout.rewards_TB, rollout.rewards_TB, valid_TB, {})
+    for policy in (Packer(), EpisodePacker()):
+        batch = make_batch(rollout, advantages, policy)  # type: ignore[arg-type]
+        assert batch.old_means_NKD is not None and batch.reference_means_NKD is not None
+        expected = batch.old_log_probs_NK[..., None] + torch.tensor([0.0, 1000.0, 2000.0])
+        torch.testing.assert_close(batch.old_means_NKD[batch.mask_NK], expected[batch.mask_NK])
+        assert torch.equal(batch.reference_means_NKD, -batch.old_means_NKD)
+    assert make_batch(numbered(3, 2, valid_TB), advantages, Packer()).old_means_NKD is None  # type: ignore[arg-type]
+
+
+def test_rows_that_belong_together_stay_so() -> None:
+    parts = list(minibatch_indices(12, 2, torch.Generator().manual_seed(0), together=3))
+    assert sorted(torch.cat(parts).tolist()) == list(range(12)) and [len(part) for part in parts] == [6, 6]
+    order = torch.cat(parts).reshape(-1, 3)
+    assert (order[:, 0] % 3 == 0).all() and torch.equal(order, order[:, :1] + torch.arange(3))
+    assert order[:, 0].tolist() != [0, 3, 6, 9]
+    alone = list(minibatch_indices(4, 2, torch.Generator().manual_seed(0)))
+    assert [part.tolist() for part in alone] == [(part[::3] // 3).tolist() for part in parts]
+    slices = {micro: [(s.start, s.stop) for s in micro_batches(12, micro, 3)] for micro in (None, 1, 5, 7)}
+    triples = [(0, 3), (3, 6), (6, 9), (9, 12)]
+    assert slices == {None: [(0, 12)], 1: triples, 5: triples, 7: [(0, 6), (6, 12)]}
+    assert list(minibatch_indices(0, 2, torch.Generator(), together=2)) == []

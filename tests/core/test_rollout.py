@@ -378,3 +378,31 @@ def test_slots_of_whole_episodes_are_taken_out_with_their_episodes() -> None:
     assert taken.episodes.task_ids_M.tolist() == [0, 2] and taken.episodes.lengths_M.tolist() == [6, 4]
     assert taken.env_steps == 10 and taken.lost == 0
     assert taken.reference_log_probs_TBK is None
+
+
+class ScriptedGaussian(ScriptedPolicy):
+    """It says what the means of its units were: the state, twice."""
+
+    def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
+        decision = super().act(observation, draws, explore=explore)
+        assert observation.state is not None
+        units = decision.log_probs_BK.shape[1]
+        return replace(decision, means_BKD=observation.state[:, None].expand(-1, units, -1))
+
+
+def test_means_of_units_are_kept_where_they_are_asked_for_and_stay_with_their_slots() -> None:
+    def play(keep_means: bool) -> Any:
+        environments: list[Any] = [ScriptedEnvironment(SCRIPTS, 2), ScriptedEnvironment(SCRIPTS, 1)]
+        collector = Collector(
+            environments, decisions=9, seed=0, device=torch.device("cpu"), auto_reset=False, keep_means=keep_means
+        )
+        return collector.collect(untyped(ScriptedGaussian()))
+
+    assert play(False).means_TBKD is None
+    rollout = play(True)
+    assert rollout.means_TBKD is not None and rollout.means_TBKD.shape[:3] == rollout.log_probs_TBK.shape
+    state_TBS = rollout.trace["state"]
+    assert torch.equal(rollout.means_TBKD, state_TBS[:, :, None].expand_as(rollout.means_TBKD)) and state_TBS.any()
+    keep_B = torch.tensor([True, False, True])
+    taken = of_slots(rollout, keep_B)
+    assert taken.means_TBKD is not None and torch.equal(taken.means_TBKD, rollout.means_TBKD[:, keep_B])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrl.numerics import advantages, flow, losses, statistics, tokens
+from mmrl.numerics import advantages, flow, losses, matching, statistics, steps, tokens
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "numerics.json"
 SEEDS = (0, 1)
@@ -121,6 +121,35 @@ def intervals(draw: Draw) -> list[torch.Tensor]:
     ]
 
 
+def gaussian_steps(draw: Draw) -> list[torch.Tensor]:
+    means, other = draw.normal(2, 2, 3, 4)
+    log_probs, old, stds, deltas = draw.normal(4, 2, 3)
+    stds, deltas = stds.abs(), deltas.abs()
+    kls = [steps.step_kl(means, other, stds, deltas, form=form) for form in ("exact", "flow_grpo", "means")]
+    given = {"stds_NK": stds, "means_NKD": means, "old_means_NKD": other}
+    return [*kls, *(steps.step_log_ratio(log_probs, old, form=form, **given) for form in ("likelihood", "unscaled", "guard"))]
+
+
+def velocity_fields(draw: Draw) -> list[torch.Tensor]:
+    v, old, x0, noise = draw.normal(4, 3, 4)
+    t, preference = draw.normal(2, 3).sigmoid()
+    x_t = flow.interpolate(x0, noise, t)
+    error = matching.matching_error(v, x0, noise)
+    weightings = ("uniform", "time", "time_squared", "huber", "power")
+    margin = matching.dpo_margin(error, error.flip(0), t, preference, beta=3.0)
+    return [
+        matching.nft_loss(v, old, x_t, x0, t, preference, strength=0.3),
+        *(matching.matching_log_prob(error, t, weighting=weighting) for weighting in weightings),
+        margin,
+        matching.dpo_loss(margin),
+        *matching.soar_point(x0, noise, old, t, t + preference * (1 - t)),
+        matching.shifted(t, 3.0),
+        matching.unshifted(t, 3.0),
+        advantages.extremes(v, worst=True),
+        advantages.extremes(v, worst=False),
+    ]
+
+
 CASES: dict[str, Callable[[Draw], list[torch.Tensor]]] = {
     "flow.ode": chain("ode", None),
     "flow.flow_sde": chain("flow_sde", 0.5),
@@ -135,6 +164,8 @@ CASES: dict[str, Callable[[Draw], list[torch.Tensor]]] = {
     "losses.cispo": cispo,
     "losses.critic": critic,
     "losses.kl_estimate": divergences,
+    "matching": velocity_fields,
+    "steps": gaussian_steps,
     "tokens": vocabulary,
     "statistics": intervals,
 }
