@@ -472,7 +472,8 @@ class Reward(Protocol):
     """Scores conversations. Built as ``cls(config)``.
 
     It may have a ``failure``, a sentence that says why the last score that failed did, and ``terms``, name -> mean of what its
-    last scores were made of, for the log.
+    last scores were made of, for the log. One that can work apart has a ``begin(transcripts)``, which returns at once with the
+    function that waits for the scores, as ``mmrl.rewards.apart:Workers`` does.
     """
 
     def __call__(self, transcripts: Sequence[Transcript], /) -> Sequence[float]:

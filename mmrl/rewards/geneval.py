@@ -180,16 +180,16 @@ class GenEval:
     def _coloured(self, image: Image.Image, metadata: Mapping[str, Any], found: Sequence[Found]) -> list[Detected]:
         """The things by the prompt's names, with the colours of those whose colour is asked for and looked at."""
         prompts = {theirs: ours for ours, theirs in self.config.names.items()}
-        named = {id(each): replace(each.thing, name=prompts.get(each.thing.name, each.thing.name)) for each in found}
-        owners = {id(thing): each for each in found for thing in [named[id(each)]]}
-        counted = kept(metadata, list(named.values()), self._rules)
+        things = [replace(each.thing, name=prompts.get(each.thing.name, each.thing.name)) for each in found]
+        owners = {id(thing): each for thing, each in zip(things, found, strict=True)}
+        counted = kept(metadata, things, self._rules)
         coloured = {clause["class"] for clause in metadata["include"] if "color" in clause}
         colours: dict[int, str] = {}
         for name in coloured & counted.keys():
             cut = [_cut_out(image, owners[id(thing)]) for thing in counted[name]]
             told = colours_of(self._clip, cut, name, self.config.batch)
             colours |= {id(thing): colour for thing, colour in zip(counted[name], told, strict=True)}
-        return [replace(thing, colour=colours.get(id(thing))) for thing in named.values()]
+        return [replace(thing, colour=colours.get(id(thing))) for thing in things]
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """ImageReward (Xu et al. 2023, arXiv 2304.05977):  score = (head(h) - 0.16717) / 1.03334, h the prompt's first state in BLIP.
 
-BLIP's text encoder reads the prompt (at most 35 tokens) while it looks at the picture, and five linear layers read the state of its
-first token. The published file (``ImageReward.pt``) is read into transformers' Blip classes; only its tokenizer and the sizes of
-its text encoder come from a BLIP folder. Departures: prompts are padded to the longest of a batch and not to 35, which changes
+BLIP's text encoder reads the prompt (at most 35 tokens) while it looks at the picture, and five linear layers read the state of
+its first token. The published file (``ImageReward.pt``) is read into transformers' Blip classes; only its tokenizer and the sizes
+of its text encoder come from a BLIP folder. Departures: prompts are padded to the longest of a batch and not to 35, which changes
 nothing but rounding, because padding is masked.
 """
 
@@ -53,7 +53,7 @@ class ImageReward:
         sizes = _sizes(opened("blip", config.blip, BlipConfig.from_pretrained), weights)
         size = {"height": sizes.vision_config.image_size, "width": sizes.vision_config.image_size}
         self._pictures: Any = CLIPImageProcessorPil(size={"shortest_edge": size["height"]}, crop_size=size)
-        modules = (
+        modules: tuple[tuple[str, Any], ...] = (
             ("vision.", BlipVisionModel(sizes.vision_config)),
             ("text.", BlipTextModel(sizes.text_config, add_pooling_layer=False)),
             ("head.", RatingHead(sizes.text_config.hidden_size)),

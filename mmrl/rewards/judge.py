@@ -3,6 +3,9 @@
 Requests run at the same time, are repeated where that may help, and are kept on disk by their content: the same question is asked
 once. A request that fails, or a reply without a score, is NaN and never a 0. The key comes from an environment variable; it is
 sent to the endpoint and goes nowhere else: no message, file or log holds it.
+
+A generated picture is judged with ``pictures: answer`` and a ``prompt`` of its own, such as
+"Caption: {prompt}. How well does the picture show it, from 1 to 5? End with 'Score: N'." with ``low: 1`` and ``high: 5``.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from mmrl.caching import Answers, cache_folder
 from mmrl.errors import ConfigError
 from mmrl.messages import Picture
 from mmrl.rewards.asking import filled
+from mmrl.rewards.pictures import generated, prompt_of
 from mmrl.transcripts import Transcript
 
 _AGAIN = (0, 408, 425, 429, 500, 502, 503, 504)  # statuses after which another try may succeed; 0: no answer
@@ -57,11 +61,11 @@ class Judge:
         key_env: str | None = None
         """Environment variable that holds the key; null: the API wants none."""
         prompt: str = PROMPT
-        """What is asked; {question}, {references}, {answer} and {conversation} are filled in."""
+        """What is asked; {question}, {prompt}, {references}, {answer} and {conversation} are filled in."""
         system: str | None = None
         """A system message before it."""
-        pictures: Literal["none", "question", "all"] = "question"
-        """Pictures that are shown: none, the question's, or those of the whole conversation."""
+        pictures: Literal["none", "question", "answer", "all"] = "question"
+        """Pictures that are shown: none, the question's, the last one that the policy gave, or the whole conversation's."""
         unanswered: float | None = 0.0
         """Score of a conversation without an answer, about which nobody is asked; null: it is judged like any other."""
         score: str = r"score\s*[:=]?\s*\**\s*(-?\d+(?:\.\d+)?)"
@@ -221,6 +225,7 @@ class Judge:
         question = transcript.question
         fields = {
             "question": "".join(part for part in question.parts if isinstance(part, str)),
+            "prompt": prompt_of(question),
             "references": " or ".join(question.references),
             "answer": transcript.answer or "",
             "conversation": "\n".join(f"[{message.role}] {message.text}" for message in transcript.messages),
@@ -228,6 +233,7 @@ class Judge:
         shown = {
             "none": [],
             "question": [part for part in question.parts if isinstance(part, Picture)],
+            "answer": [Picture(image) for image in [generated(transcript)] if image is not None],
             "all": [picture for message in transcript.messages for picture in message.pictures],
         }[self.config.pictures]
         return (filled(self.config.prompt, fields), *shown)

@@ -234,3 +234,14 @@ def test_a_reward_that_miscounts_is_a_bug() -> None:
         scored(block("short", 1.0, kind=Short))
     with pytest.raises(ValueError, match="fake:Table gave 5 scores for 6 conversations"):
         scored(block("t", 1.0, [1] * 5))
+
+
+@pytest.mark.parametrize("what", [None, "1.0", math.inf, -math.inf])
+def test_a_score_that_is_no_number_is_a_failure(what: Any) -> None:
+    class Odd(Table):
+        def __call__(self, transcripts: Sequence[Transcript]) -> list[Any]:
+            return [what, *range(1, len(transcripts))]
+
+    rollout, metrics = scored(block("odd", 1.0, kind=Odd))
+    assert metrics["reward/odd"] == 3.0 and metrics["reward/odd/failed"] == pytest.approx(1 / 6)
+    assert metrics["rollout/unscored_episodes"] == 1 and not rollout.valid_TB[:, 0].any()

@@ -21,6 +21,7 @@ from mmrl.errors import ConfigError
 from mmrl.messages import Message, Picture
 from mmrl.rewards.judge import Judge
 from tests.rewards.tales import PICTURE, question, said, tale, used
+from tests.rewards.tiny_encoders import drawn, noise
 from tests.tools.servers import Server, free_port, reply, serving
 
 KEY = "s3cret-k3y-0815"
@@ -242,3 +243,15 @@ def test_settings_that_do_not_fit(fields: dict[str, Any], sentence: str) -> None
     assert (
         "abc" not in str(error.value).replace("abcdef", "").split("[type")[0] and "pw" not in str(error.value).split("[type")[0]
     )
+
+
+def test_a_generated_picture_is_shown_by_itself(server: Server, tmp_path: Path) -> None:
+    endpoint = Endpoint(server, lambda text: "Score: 4")
+    asks = judge(server, tmp_path, pictures="answer", prompt="Caption: {prompt}", low=1, high=5)
+    edited = drawn(noise(5), "a red cat")
+    shown = Picture(noise(6))
+    edited = type(edited)(0, edited.question, (Message("user", (shown, "so")),), edited.turns, "", "answer")
+    assert asks([edited]) == [0.75]
+    text, image = endpoint.requests[-1]["messages"][0]["content"]
+    sent = Image.open(io.BytesIO(base64.b64decode(image["image_url"]["url"].partition(";base64,")[2])))
+    assert text["text"] == "Caption: a red cat" and sent.tobytes() == noise(5).tobytes()

@@ -1,0 +1,238 @@
+"""Planted bugs in rewards of pictures, in scoring apart from the run, and in what serves rewards. See mutations.py."""
+
+from __future__ import annotations
+
+# (name, file, source, replacement, tests separated by spaces)
+Row = tuple[str, str, str, str, str]
+
+_RULES, _GENEVAL = "tests/rewards/test_geneval_rules.py", "tests/rewards/test_geneval.py"
+_PLAIN, _MODELS = "tests/rewards/test_picture_rewards.py", "tests/rewards/test_encoders.py"
+_APART, _SERVING, _SCORER = "tests/rewards/test_apart.py", "tests/core/test_serving.py", "tests/core/test_rewarding.py"
+_STATES = "tests/rewards/test_image_reward.py"
+
+PICTURE_REWARDS: tuple[Row, ...] = (
+    (
+        "geneval: more than asked for is wrong",
+        "mmrl/rewards/geneval_rules.py",
+        "found = found[:count]",
+        "found = found[:]",
+        f"{_RULES}::test_more_things_than_wanted_are_right_for_geneval_and_not_exact",
+    ),
+    (
+        "geneval: counting has no threshold of its own",
+        "mmrl/rewards/geneval_rules.py",
+        'rules.counting_threshold if metadata.get("tag") == COUNTING else rules.threshold',
+        "rules.threshold",
+        f"{_RULES}::test_thresholds_are_0_3_and_for_counting_0_9",
+    ),
+    (
+        "geneval: exclude is not read",
+        "mmrl/rewards/geneval_rules.py",
+        "if number >= count:",
+        "if number > count:",
+        f"{_RULES}::test_counting",
+    ),
+    (
+        "geneval: one thing of the colour is enough",
+        "mmrl/rewards/geneval_rules.py",
+        "if right == count:",
+        "if right:",
+        f"{_RULES}::test_colour_is_that_of_the_surest_things",
+    ),
+    (
+        "geneval: the unsurest come first",
+        "mmrl/rewards/geneval_rules.py",
+        "key=lambda thing: -thing.score",
+        "key=lambda thing: thing.score",
+        f"{_RULES}::test_colour_is_that_of_the_surest_things",
+    ),
+    (
+        "geneval: left is right",
+        "mmrl/rewards/geneval_rules.py",
+        "way = (box[low] + box[high] - other[low] - other[high]) / 2",
+        "way = (other[low] + other[high] - box[low] - box[high]) / 2",
+        f"{_RULES}::test_position_is_of_the_second_to_the_first",
+    ),
+    (
+        "geneval: positions without a margin",
+        "mmrl/rewards/geneval_rules.py",
+        "max(abs(way) - position_threshold * sizes, 0.0)",
+        "abs(way)",
+        f"{_RULES}::test_position_has_a_margin_and_may_be_slanted",
+    ),
+    (
+        "geneval: the picture's colour is each thing's",
+        "mmrl/rewards/geneval.py",
+        "return image.crop((left, top,",
+        "return image if True else image.crop((left, top,",
+        f"{_GENEVAL}::test_colours_are_those_of_clip",
+    ),
+    (
+        "geneval: the surroundings of a thing stay",
+        "mmrl/rewards/geneval.py",
+        "if found.mask is not None:",
+        "if False:",
+        f"{_GENEVAL}::test_colours_are_those_of_clip",
+    ),
+    (
+        "geneval: a class that the detector does not know is not there",
+        "mmrl/rewards/geneval.py",
+        "if self.config.names.get(name, name) not in self._detector.names",
+        "if False",
+        f"{_GENEVAL}::test_what_cannot_be_judged_is_no_score",
+    ),
+    (
+        "geneval: a mask's score is its class's alone",
+        "mmrl/rewards/geneval.py",
+        "score *= float(",
+        "score *= 0 * score + 1 or float(",
+        f"{_GENEVAL}::test_masks_give_boxes_and_scores",
+    ),
+    (
+        "ocr: divided by what was read",
+        "mmrl/rewards/ocr.py",
+        "return 1 - wrong / total",
+        "return 1 - wrong / max(total, sum(map(len, lines)))",
+        f"{_PLAIN}::test_agreement_by_hand",
+    ),
+    (
+        "ocr: distances are not limited",
+        "mmrl/rewards/ocr.py",
+        "min(distances[nearest], len(word))",
+        "distances[nearest]",
+        f"{_PLAIN}::test_agreement_by_hand",
+    ),
+    (
+        "ocr: upper and lower case differ",
+        "mmrl/rewards/ocr.py",
+        ".lower().split()",
+        ".split()",
+        f"{_PLAIN}::test_agreement_by_hand",
+    ),
+    (
+        "ocr: letters cannot be replaced",
+        "mmrl/rewards/ocr.py",
+        "above + (letter != other)",
+        "above + 2 * (letter != other)",
+        f"{_PLAIN}::test_edit_distance_is_its_recursion",
+    ),
+    (
+        "ocr: a word is read twice in one",
+        "mmrl/rewards/ocr.py",
+        "left[place : place + 1] = [before, after]",
+        "left[place : place + 1] = [before + word, after]",
+        f"{_PLAIN}::test_agreement_by_hand",
+    ),
+    (
+        "compress: large files are good",
+        "mmrl/rewards/compress.py",
+        "-1.0 if self.config.better",
+        "1.0 if self.config.better",
+        f"{_PLAIN}::test_compress_is_the_size_of_the_file",
+    ),
+    (
+        "clip: prompts in the wrong order",
+        "mmrl/rewards/encoders.py",
+        "distinct = list(dict.fromkeys(texts))",
+        "distinct = sorted(set(texts)); texts = distinct + list(texts)[len(distinct) :]",
+        f"{_MODELS}::test_clip_score_is_the_paper_s",
+    ),
+    (
+        "clip: vectors are not of length 1",
+        "mmrl/rewards/encoders.py",
+        "return nn.functional.normalize(x.float(), dim=-1)",
+        "return x.float()",
+        f"{_MODELS}::test_clip_score_is_the_paper_s",
+    ),
+    (
+        "hps: query, key and value exchanged",
+        "mmrl/rewards/hps.py",
+        'zip("qkv", torch.chunk',
+        'zip("kqv", torch.chunk',
+        f"{_MODELS}::test_hps_reads_open_clip_s_weights",
+    ),
+    (
+        "hps: projections not turned",
+        "mmrl/rewards/hps.py",
+        "value.T.contiguous()",
+        "value.reshape(value.T.shape)",
+        f"{_MODELS}::test_hps_reads_open_clip_s_weights",
+    ),
+    (
+        "image reward: the last token's state",
+        "mmrl/rewards/image_reward.py",
+        "read_NTD[:, 0]",
+        "read_NTD[:, -1]",
+        f"{_STATES}::test_scores_are_those_of_the_network_written_down_plainly",
+    ),
+    (
+        "image reward: the head's outputs as they are",
+        "mmrl/rewards/image_reward.py",
+        "- MEAN) / STD)",
+        "- MEAN))",
+        f"{_STATES}::test_scores_are_those_of_the_network_written_down_plainly",
+    ),
+    (
+        "apart: the scores of a lost process are 0",
+        "mmrl/rewards/apart.py",
+        "return Scores([math.nan] * len(batch)",
+        "return Scores([0.0] * len(batch)",
+        f"{_APART}::test_a_picture_that_kills_the_process_costs_its_batch_and_no_more",
+    ),
+    (
+        "apart: batches in the order in which they were done",
+        "mmrl/rewards/apart.py",
+        "scores.add(batches.results[place])",
+        "scores.add(batches.results[len(batches.batches) - 1 - place])",
+        f"{_APART}::test_scores_are_those_of_the_reward_in_order_whoever_gives_them",
+    ),
+    (
+        "apart: one that raises takes its neighbours along",
+        "mmrl/rewards/apart.py",
+        "if scores is None:  # one",
+        "if scores is None: scores = Scores([math.nan] * len(transcripts))\n        if scores is None:  # one",
+        f"{_APART}::test_what_makes_the_reward_raise_is_no_number_and_its_neighbours_have_theirs",
+    ),
+    (
+        "workers: a score in between is no progress",
+        "mmrl/workers/pool.py",
+        'PROGRESS = ("step", "score")',
+        'PROGRESS = ("step",)',
+        f"{_APART}::test_a_process_that_is_lost_again_and_again_ends_the_run",
+    ),
+    (
+        "serving: null is 0",
+        "mmrl/rewards/remote.py",
+        "math.nan if score is None else score",
+        "score or 0.0",
+        f"{_SERVING}::test_what_is_no_number_travels_as_null",
+    ),
+    (
+        "serving: bodies of any size",
+        "mmrl/serving.py",
+        "if int(length) > self.config.max_body_mb * _MIB:",
+        "if False:",
+        f"{_SERVING}::test_a_body_may_not_be_larger_than_allowed_nor_of_unknown_length",
+    ),
+    (
+        "serving: places are not given back",
+        "mmrl/serving.py",
+        "        self._slots.release()",
+        "        pass",
+        f"{_SERVING}::test_more_requests_than_allowed_are_told_to_come_again",
+    ),
+    (
+        "serving: any key will do",
+        "mmrl/serving.py",
+        "if self._key is not None and not",
+        "if self._key is not None and not sent and not",
+        f"{_SERVING}::test_a_key_is_asked_for",
+    ),
+    (
+        "rewarding: an infinite score counts",
+        "mmrl/rewarding.py",
+        "else number(each) for each in scores]",
+        "else each for each in scores]",
+        f"{_SCORER}::test_a_score_that_is_no_number_is_a_failure",
+    ),
+)
