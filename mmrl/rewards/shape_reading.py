@@ -41,7 +41,7 @@ _FINE = 8  # points a side of a pixel of an exact shape
 _BLURS = (0.0, 0.7)  # pixels
 # What the numbers of ``_measure`` are divided by before they are compared: about how much a small shape's differ by chance.
 _SCALES = np.array([0.05, 0.03, 0.03, 0.012, 0.15, 0.12, 0.08, 0.08])
-NEAR = 4.0  # of an exact shape, in these units
+NEAR = 1.5  # of an exact shape, in these units
 
 
 def read(image: Image.Image, palette: Mapping[str, Colour], shapes: Sequence[str]) -> list[Detected]:
@@ -137,7 +137,7 @@ def _shape(where: np.ndarray, strength: np.ndarray, shapes: tuple[str, ...]) -> 
     distances = np.sqrt((np.square(examples[alike] - numbers / _SCALES)).mean(1))
     at = int(distances.argmin())
     near = float(distances[at])
-    return (names[alike][at] if near <= NEAR else ""), box, max(0.0, 1 - 0.1 * near / NEAR)
+    return (str(names[alike][at]) if near <= NEAR else ""), box, max(0.0, 1 - 0.1 * near / NEAR)
 
 
 def _beside(mask: np.ndarray) -> np.ndarray:
@@ -159,6 +159,9 @@ def _measure(share: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float, 
     middle, the corners and the middles of the edges is filled.
     """
     height, width = share.shape
+    solid = np.sort(share[share > 0.5])
+    if len(solid):  # a thing that is pale throughout, or that noise made so, is solid all the same
+        share = np.minimum(share / solid[int(0.75 * len(solid))], 1.0)
     area = float(share.sum()) + 1e-6
     x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
     across, down = share.sum(0), share.sum(1)
@@ -246,9 +249,13 @@ def blurred(share: np.ndarray, sigma: float) -> np.ndarray:
     """A Gaussian blur of ``sigma`` pixels."""
     if not sigma:
         return share
-    kernel = np.exp(-np.square(np.arange(-3, 4) / sigma) / 2)
+    reach = 3
+    kernel = np.exp(-np.square(np.arange(-reach, reach + 1) / sigma) / 2)
     kernel /= kernel.sum()
-    return np.apply_along_axis(np.convolve, 0, np.apply_along_axis(np.convolve, 1, share, kernel, "same"), kernel, "same")
+    height, width = share.shape
+    padded = np.pad(share, reach)
+    down = sum(weight * padded[at : at + height] for at, weight in enumerate(kernel))
+    return np.asarray(sum(weight * down[:, at : at + width] for at, weight in enumerate(kernel)))
 
 
 @functools.lru_cache(maxsize=8)

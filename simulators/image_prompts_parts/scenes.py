@@ -156,7 +156,7 @@ def _noun(clause: Mapping[str, Any]) -> str:
     what = f"{clause['color']} {clause['class']}" if "color" in clause else clause["class"]
     if clause["count"] == 1:
         return f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
-    return f"{NUMBERS[clause['count']]} {what}{'es' if what.endswith('s') else 's'}"
+    return f"{NUMBERS.get(clause['count'], clause['count'])} {what}{'es' if what.endswith('s') else 's'}"
 
 
 # ---------------------------------------------------------------- what is drawn
