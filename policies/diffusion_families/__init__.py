@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from policies.diffusion_families.base import Family
+from policies.diffusion_families.flux import Flux, Kontext
+from policies.diffusion_families.qwen_image import QwenImage
+from policies.diffusion_families.sana import Sana
 from policies.diffusion_families.sd3 import SD3
+from policies.diffusion_families.stable_diffusion import StableDiffusion, StableDiffusionXL
 
 FAMILIES: dict[str, type[Family]] = {
+    "FluxKontextPipeline": Kontext,
+    "FluxPipeline": Flux,
+    "QwenImagePipeline": QwenImage,
+    "SanaPipeline": Sana,
     "StableDiffusion3Pipeline": SD3,
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
 }

@@ -110,6 +110,8 @@ class Family(ABC):
 
     def collate(self, rows: Sequence[Embedding]) -> dict[str, Tensor]:
         """Embeddings of one prompt each as those of a batch."""
+        if any(row.keys() != rows[0].keys() for row in rows):
+            raise MMRLError("some prompts of a batch show a picture and others do not; keep them in runs of their own")
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def text_options(self) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Options:
     decode_batch: int = Field(default=16, ge=1)
     """Pictures that the VAE makes, or reads, at a time."""
     flow_times: Literal["logit_normal", "uniform"] = "logit_normal"
-    """How times are drawn in imitation, before the scheduler's shift; networks that predict noise know uniform alone."""
+    """How times are drawn in imitation, before the scheduler's shift; those of networks that predict noise are always uniform."""
     prompt_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of the pictures to imitate that are shown without their prompt, which classifier-free guidance needs."""
     checkpointing: bool = False

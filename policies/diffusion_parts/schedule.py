@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmrl.numerics import flow
+from mmrl.errors import MMRLError
+from mmrl.numerics import diffusion, flow
 from mmrl.numerics.flow import Transition
 from mmrl.numerics.hashing import salt
 from policies.diffusion_parts.options import TrainedSteps
@@ -99,6 +100,74 @@ class FlowSchedule(Schedule):
         t_N = self._shift(u_N)
         time_N = t_N * self._scheduler.config.num_train_timesteps
         return Noised(flow.interpolate(clean, noise, t_N), time_N, noise - clean)
+
+
+class NoiseSchedule(Schedule):
+    """Of diffusers' DDIMScheduler: networks that predict noise, or the v of progressive distillation (arXiv 2202.00512)."""
+
+    rules = frozenset({"ode", "ddim"})
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._predicts_v = scheduler.config.prediction_type == "v_prediction"
+        if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise MMRLError(
+                f"policy.checkpoint: its scheduler's prediction_type is {scheduler.config.prediction_type!r}; "
+                "only 'epsilon' and 'v_prediction' are supported"
+            )
+
+    def grid(self, steps: int) -> Grid:
+        scheduler = self._scheduler
+        scheduler.set_timesteps(steps)
+        times, apart = scheduler.timesteps.cpu(), scheduler.config.num_train_timesteps // steps
+        shares = scheduler.alphas_cumprod.cpu()
+        last = shares[times[-1] - apart] if times[-1] >= apart else scheduler.final_alpha_cumprod
+        return Grid(torch.cat([shares[times], last.reshape(1)]), times.float())
+
+    def start(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def transition(
+        self, x: Tensor, output: Tensor, grid: Grid, step_B: Tensor, *, rule: str, level: float | None
+    ) -> tuple[Transition, Tensor]:
+        """The lengths are 1: what is divided by them in flows has no counterpart here."""
+        shares = grid.levels.to(x.device, torch.promote_types(x.dtype, torch.float32))
+        share, share_next = shares[step_B], shares[step_B + 1]
+        noise = self._noise(x, output, share)
+        eta = 0.0 if rule == "ode" or level is None else level
+        return diffusion.ddim(x, noise, share, share_next, eta=eta), torch.ones_like(share)
+
+    def velocity(self, predict: Predict, x_t: Tensor, t_N: Tensor) -> Tensor:
+        """At the place and time of a flow that has as much noise; times beyond the first of the schedule are moved to it."""
+        shares = self._scheduler.alphas_cumprod.to(x_t.device, torch.promote_types(x_t.dtype, torch.float32))
+        times = diffusion.flow_time(shares)
+        t_N = t_N.to(times.dtype).clamp(times[0], times[-1])
+        share_N, place_N = diffusion.share_at(t_N), _place(times, t_N)
+        share = share_N.reshape(-1, *[1] * (x_t.ndim - 1))
+        alpha, sigma = share.sqrt(), (1 - share).sqrt()
+        x = (x_t.to(times.dtype) * (alpha + sigma)).to(x_t.dtype)
+        noise = self._noise(x, predict(x, place_N), share_N)
+        return noise - (x.to(times.dtype) - sigma * noise) / alpha
+
+    def noised(self, clean: Tensor, noise: Tensor, normal_N: Tensor, *, logit_normal: bool) -> Noised:
+        """Any of the schedule's times, as likely as any other."""
+        shares = self._scheduler.alphas_cumprod.to(clean.device, clean.dtype)
+        time_N = (torch.special.ndtr(normal_N) * len(shares)).long().clamp(max=len(shares) - 1)
+        x = diffusion.noised(clean, noise, shares[time_N])
+        target = diffusion.noised(noise, -clean, shares[time_N]) if self._predicts_v else noise
+        return Noised(x, time_N.to(clean.dtype), target)
+
+    def _noise(self, x: Tensor, output: Tensor, share_B: Tensor) -> Tensor:
+        """The noise that the network sees in x."""
+        output, x = output.to(share_B.dtype), x.to(share_B.dtype)
+        return diffusion.noised(output, x, share_B) if self._predicts_v else output
+
+
+def _place(values: Tensor, x_N: Tensor) -> Tensor:
+    """Where among rising ``values`` the numbers lie: 2.5 is halfway between the third and the fourth."""
+    above_N = torch.searchsorted(values, x_N.contiguous()).clamp(1, len(values) - 1)
+    low_N, high_N = values[above_N - 1], values[above_N]
+    return above_N - 1 + (x_N - low_N) / (high_N - low_N)
 
 
 def chosen_steps(trained: TrainedSteps, steps: int, iteration: int, seed: int) -> list[int]:

@@ -332,9 +332,7 @@ def test_steps_outside_the_window_follow_the_ode(sd3: str) -> None:
     torch.testing.assert_close(made.trace["clean"], plain.trace["clean"], rtol=0, atol=1e-5)
 
 
-def test_a_shared_prefix_is_walked_once_and_shared_by_the_pictures_of_a_prompt(
-    sd3: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shared_prefix_is_walked_once_and_shared_by_the_pictures_of_a_prompt(sd3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = {"which": "window", "size": 1, "start": 2, "shared_prefix": True}
     policy = tiny.build(sd3, trained_steps=trained)
     rows: list[int] = []
@@ -406,7 +404,14 @@ def test_what_is_saved_is_a_pipeline_of_diffusers(sd3: str, tmp_path: Path, trai
     made = policy.act(tiny.observe(), tiny.draws(), explore=False)
     noise = tiny.draws().normal(*policy.family.latent_shape)
     images = opened(
-        list(tiny.TEXTS), height=16, width=16, num_inference_steps=4, guidance_scale=3.0, latents=noise, output_type="np", max_sequence_length=0
+        list(tiny.TEXTS),
+        height=16,
+        width=16,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        latents=noise,
+        output_type="np",
+        max_sequence_length=0,
     ).images
     assert (tiny.pixels(made.action) - torch.from_numpy(images * 255).round().long()).abs().max() <= 1
     loaded = Diffusion(tiny.config(str(tmp_path / "saved"), weights="pretrained"), device=tiny.CPU)
@@ -492,9 +497,9 @@ def test_what_it_cannot_read_is_refused_in_a_sentence(sd3: str, tmp_path: Path) 
         Diffusion(tiny.config(str(tmp_path)), device=tiny.CPU)
     with pytest.raises(MMRLError, match="cannot be loaded"):
         Diffusion(tiny.config(sd3, weights="pretrained"), device=tiny.CPU)
-    with pytest.raises(MMRLError, match="policy.height = 20 is no multiple of 8"):
+    with pytest.raises(MMRLError, match=r"policy\.height = 20 is no multiple of 8"):
         Diffusion(tiny.config(sd3, height=20), device=tiny.CPU)
-    with pytest.raises(MMRLError, match="policy.sampler = 'ddim' is not for a StableDiffusion3Pipeline"):
+    with pytest.raises(MMRLError, match=r"policy\.sampler = 'ddim' is not for a StableDiffusion3Pipeline"):
         Diffusion(tiny.config(sd3, sampler="ddim"), device=tiny.CPU)
     (tmp_path / "model_index.json").write_text('{"_class_name": "AllegroPipeline"}')
     with pytest.raises(MMRLError, match="is a AllegroPipeline, not one of"):

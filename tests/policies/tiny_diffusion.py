@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 
@@ -19,11 +21,12 @@ from policies.diffusion import Diffusion
 
 CPU = torch.device("cpu")
 SIZE, STEPS = 16, 4
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEXTS = ("a red circle", "two blue squares", "a red circle", "a green star above a ring", "one")
 
 
 def write_sd3(folder: Path, **scheduler: Any) -> str:
-    """The architecture of an SD3 of two layers for pictures of 16 x 16; ``scheduler``: fields of FlowMatchEulerDiscreteScheduler."""
+    """The architecture of an SD3 of two layers for pictures of 16 x 16; ``scheduler``: fields of its scheduler."""
     tokenizer = build_tokenizer(("a", "red", "circle", "blue", "two", "squares"), 12)
     transformer = transformer_config(text_width=16, heads=2, head_dim=8, layers=2)
     text = text_config(tokenizer, width=16, layers=2)
@@ -38,7 +41,14 @@ def config(checkpoint: str, **fields: Any) -> Diffusion.Config:
     sampler = fields.setdefault("sampler", "flow_sde")
     if sampler != "ode":
         fields.setdefault("noise_level", 0.7)
-    defaults: dict[str, Any] = {"weights": "random", "height": SIZE, "width": SIZE, "steps": STEPS, "guidance": 3.0, "max_text_tokens": 0}
+    defaults: dict[str, Any] = {
+        "weights": "random",
+        "height": SIZE,
+        "width": SIZE,
+        "steps": STEPS,
+        "guidance": 3.0,
+        "max_text_tokens": 0,
+    }
     return Diffusion.Config(checkpoint=checkpoint, **{**defaults, **fields})
 
 
@@ -99,3 +109,66 @@ def assert_replays(policy: Any, observation: Observation | None = None, atol: fl
     scored.log_probs_NK.sum().backward()
     assert any(p.grad is not None and float(p.grad.abs().max()) > 0 for p in policy.parameters())
     policy.zero_grad(set_to_none=True)
+
+
+# -- other families ----------------------------------------------------------------------------------------------------
+
+
+def t5(width: int = 16) -> tuple[Any, Any]:
+    """A tiny T5 encoder and its tokenizer, which knows letters."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
+    tokenizer = transformers.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=12)
+    size = {"vocab_size": len(tokenizer), "d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    return transformers.T5EncoderModel(transformers.T5Config(**size)), tokenizer
+
+
+def clip(*, projection: bool, width: int = 16) -> tuple[Any, Any]:
+    tokenizer = build_tokenizer(("a", "red", "circle", "blue", "two", "squares"), 12)
+    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return kind(text_config(tokenizer, width=width, layers=2)), tokenizer
+
+
+def vae(channels: int = 4, **fields: Any) -> Any:
+    settings = vae_config(widths=(8, 8))
+    return diffusers.AutoencoderKL(**{**settings, "latent_channels": channels, **fields})  # type: ignore[attr-defined]
+
+
+def save(pipeline: Any, folder: Path) -> str:
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+def load(folder: str, **fields: Any) -> Diffusion:
+    return stir(Diffusion(config(folder, weights="pretrained", **{"max_text_tokens": None, **fields}), device=CPU))
+
+
+def assert_follows(policy: Diffusion, images: Any, observation: Observation | None = None, atol: float = 1e-4) -> None:
+    """Without exploration it draws what diffusers' pipeline draws; ``images`` makes its pictures of noise, numbers 0 to 1."""
+    observation = observe() if observation is None else observation
+    made = policy.act(observation, draws(0, observation.batch_size), explore=False)
+    noise = draws(0, observation.batch_size).normal(*policy.family.latent_shape).to(policy.network.dtype)
+    policy.family.pipeline.set_progress_bar_config(disable=True)
+    theirs = torch.from_numpy(images(policy.family.pipeline, noise) * 255).round().long()
+    assert (pixels(made.action) - theirs).abs().max() <= 1 and theirs.float().std() > 2
+    for other in (made.action.tolist()[0], made.action.tolist()[1]):
+        assert other.pictures[0].image.size == (policy.family.width, policy.family.height)
+
+
+def assert_learns_and_travels(policy: Diffusion, folder: Path, talks: Talks | None = None) -> None:
+    """It imitates, knows its velocity, and what it saves opens as the same policy."""
+    talks = lessons() if talks is None else talks
+    loss = policy.supervised_loss(talks, torch.Generator().manual_seed(0))
+    loss.value.backward()
+    assert loss.value.isfinite() and any(p.grad is not None and float(p.grad.abs().max()) > 0 for p in policy.parameters())
+    policy.zero_grad(set_to_none=True)
+    trace = policy.examine(talks)
+    t = torch.full((len(talks),), 0.5)
+    clean = policy.clean(trace)
+    assert policy.velocity(trace, clean, t).shape == clean.shape == (len(talks), *policy.family.latent_shape)
+    back = torch.stack([torch.from_numpy(np.asarray(p.image).copy()) for p in policy.pictures(clean)])
+    assert back.shape == (len(talks), policy.family.height, policy.family.width, 3)
+    policy.save(folder / "saved")
+    again = Diffusion(replace(policy.config, checkpoint=str(folder / "saved"), weights="pretrained"), device=CPU)
+    seen = Observation({}, None, ("",) * len(talks), conversations=tuple(talk[:1] for talk in talks.conversations))
+    ours, theirs = (p.act(seen, draws(0, len(talks)), explore=False).action for p in (policy, again))
+    assert (pixels(ours) - pixels(theirs)).abs().max() <= 1
