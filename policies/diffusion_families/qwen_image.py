@@ -1,6 +1,6 @@
 """Qwen-Image (arXiv 2508.02324): a vision-language model reads the prompt, whose length is its own, so batches are padded.
 
-Guidance keeps the length that each token's conditional velocity has, as in the pipeline. The VAE is one of videos, here of one frame.
+Guidance keeps the length of each token's conditional velocity, as in the pipeline. The VAE is one of videos, here of one frame.
 """
 
 from __future__ import annotations

@@ -183,6 +183,11 @@ def test_what_is_drawn_has_the_mean_and_std_it_is_scored_with(sd3: str) -> None:
     assert abs(float(unit.mean())) < 0.03 and float(unit.std()) == pytest.approx(1, abs=0.03)
 
 
+def test_what_is_drawn_goes_on_from_where_it_was_drawn(sd3: str) -> None:
+    made = tiny.build(sd3).act(tiny.observe(), tiny.draws(), explore=True)
+    assert torch.equal(made.trace["x_after"][:, :-1], made.trace["x_before"][:, 1:])
+
+
 @pytest.mark.parametrize(("rule", "trained"), [("flow_sde", True), ("cps", False)])
 def test_a_last_step_without_noise_is_not_trained(sd3: str, rule: str, trained: bool) -> None:
     policy = tiny.build(sd3, sampler=rule, trained_steps={"which": "all"})
@@ -282,73 +287,6 @@ def test_guidance_is_that_of_the_paper(sd3: str) -> None:
     unconditional = policy.velocity(nothing.trace, x, t)
     expected = unconditional + 2.5 * (conditional - unconditional)
     torch.testing.assert_close(policy.velocity(made.trace, x, t, guidance=2.5), expected, rtol=1e-4, atol=1e-5)
-
-
-# -- which steps -----------------------------------------------------------------------------------------------------------
-
-
-def steps_of(sd3: str, iterations: int, **trained: Any) -> list[list[int]]:
-    policy = tiny.build(sd3, steps=9, trained_steps=trained)
-    chosen = []
-    for iteration in range(iterations):
-        policy.at_iteration(iteration)
-        chosen.append(policy.chosen_steps())
-    return chosen
-
-
-def test_a_progressive_window_moves_and_begins_again(sd3: str) -> None:
-    assert steps_of(sd3, 7, which="window", size=3, start=1, stop=7, stride=2) == [
-        [1, 2, 3],
-        [3, 4, 5],
-        [1, 2, 3],
-        [3, 4, 5],
-        [1, 2, 3],
-        [3, 4, 5],
-        [1, 2, 3],
-    ]
-    assert [c[0] for c in steps_of(sd3, 10, which="window", size=4, every=2)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert steps_of(sd3, 11, which="window", size=4, every=2)[-1] == [0, 1, 2, 3]
-
-
-def test_a_random_window_lies_anywhere_in_its_range(sd3: str) -> None:
-    chosen = steps_of(sd3, 60, which="window", size=2, start=2, stop=6, order="random", every=2)
-    assert {c[0] for c in chosen} == {2, 3, 4} and all(c[1] == c[0] + 1 for c in chosen)
-    assert chosen[::2] == chosen[1::2] and chosen == steps_of(
-        sd3, 60, which="window", size=2, start=2, stop=6, order="random", every=2
-    )
-
-
-def test_random_steps_are_any_but_the_last(sd3: str) -> None:
-    chosen = steps_of(sd3, 60, which="random", size=3)
-    assert {step for c in chosen for step in c} == set(range(8))
-    assert all(c == sorted(set(c)) and len(c) == 3 for c in chosen) and len({tuple(c) for c in chosen}) > 10
-
-
-def test_steps_outside_the_window_follow_the_ode(sd3: str) -> None:
-    policy = tiny.build(sd3, trained_steps={"which": "window", "size": 1, "start": 2}, noise_level=1e-7)
-    made = policy.act(tiny.observe(), tiny.draws(), explore=True)
-    assert made.trace["step"].tolist() == [[2]] * 5
-    plain = tiny.build(sd3, sampler="ode").act(tiny.observe(), tiny.draws(), explore=True)
-    torch.testing.assert_close(made.trace["clean"], plain.trace["clean"], rtol=0, atol=1e-5)
-
-
-def test_a_shared_prefix_is_walked_once_and_shared_by_the_pictures_of_a_prompt(sd3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = {"which": "window", "size": 1, "start": 2, "shared_prefix": True}
-    policy = tiny.build(sd3, trained_steps=trained)
-    rows: list[int] = []
-    predict = policy.family.predict
-    monkeypatch.setattr(policy.family, "predict", lambda x, *rest: (rows.append(len(x)), predict(x, *rest))[1])
-    made = policy.act(tiny.observe(), tiny.draws(), explore=True)
-    assert rows == [8, 8, 10, 10]  # four prompts of five pictures; both branches of guidance
-    before, after = made.trace["x_before"], made.trace["x_after"]
-    assert torch.equal(before[0], before[2]) and not torch.equal(before[0], before[1])
-    assert not torch.allclose(after[0], after[2])
-    # The prefix is the ODE from noise of the prompt's own: the same as of each prompt alone.
-    for b, text in enumerate(tiny.TEXTS):
-        alone = policy.act(tiny.observe((text,)), tiny.draws().select(torch.tensor([b])), explore=True)
-        torch.testing.assert_close(alone.trace["x_after"][0], after[b], rtol=1e-5, atol=1e-5)
-    policy.at_iteration(1)
-    assert not torch.allclose(policy.act(tiny.observe(), tiny.draws(), explore=True).trace["x_before"], before)
 
 
 # -- references, twins and files -------------------------------------------------------------------------------------------
