@@ -51,6 +51,7 @@ class Diffusion(nn.Module):
     Config = Options
     horizon, execute = 1, 1
     has_critic = False
+    gives_means = True
 
     @staticmethod
     def lacks(config: Options) -> dict[str, tuple[str, str]]:

@@ -19,7 +19,7 @@ from mmrl.registry import ROOT
 from mmrl.trainer import train
 
 FOLDER = ROOT / "configs/full"
-RECIPES = sorted({*FOLDER.glob("*.yaml")} - {*FOLDER.glob("qwen*.yaml")})  # those are agents': test_full_agents.py
+RECIPES = sorted({*FOLDER.glob("*.yaml")} - {path for kind in ("qwen", "sd35", "flux") for path in FOLDER.glob(f"{kind}*.yaml")})
 EXPERT = "{target: mmrl.data.demonstrations:ScriptedDemonstrations, episodes: 4, only_successes: false}"
 SMALL = (
     "tensorboard=false",
