@@ -23,7 +23,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
-from mmrl.rewards.geneval import Detector, Found, GenEval
+from mmrl.rewards.geneval import Detector, Found, GenEval, _cut_out
 from mmrl.rewards.geneval_rules import COLOURS, Detected
 from tests.rewards.tiny_encoders import clip_folder, drawn, noise
 
@@ -126,6 +126,7 @@ def colour_plainly(folder: str, crop: Image.Image, name: str) -> str:
 def test_colours_are_those_of_clip(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     image, mask = noise(4, (40, 32)), torch.zeros(32, 40, dtype=torch.bool)
     mask[4:20, 6:18] = True
+    mask[9, 9] = False
     boxed, masked = found("dog", (5.4, 3.7, 30.2, 28.6)), found("dog", (6, 4, 18, 20), 0.9, mask)
     painted = Image.new("RGB", image.size, "#999")
     painted.paste(image, mask=Image.fromarray(mask.numpy()))
@@ -133,6 +134,7 @@ def test_colours_are_those_of_clip(folders: dict[str, str], monkeypatch: pytest.
         colour_plainly(folders["clip"], image.crop((5, 4, 30, 29)), "dog"),
         colour_plainly(folders["clip"], painted.crop((6, 4, 18, 20)), "dog"),
     ]
+    assert _cut_out(image, masked).tobytes() == painted.crop((6, 4, 18, 20)).tobytes()
     reward = geneval(folders)
     asks = {"include": [{"class": "dog", "count": 2, "color": "red"}], "tag": "colors"}
     things = reward._coloured(image, asks, [boxed, masked, found("cat", (0, 0, 9, 9)), found("dog", (0, 0, 9, 9), 0.2)])
