@@ -14,6 +14,7 @@ Departures from the papers' programs, each the safer choice:
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ from policies.diffusion_parts.schedule import chosen_steps
 from policies.shared.adapters import add_adapters, merged
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_NUMBERS = itertools.count()
 _SHARED = 7  # names the noise that a group shares, among the streams of a seed
 
 
@@ -64,6 +66,7 @@ class Diffusion(nn.Module):
     def __init__(self, config: Options, *, device: torch.device) -> None:
         super().__init__()
         self.config, self.version, self.iteration = config, 0, 0
+        self._number = next(_NUMBERS)  # of all policies of this process
         name = pipeline_name(config.checkpoint)
         if name not in FAMILIES:
             raise MMRLError(f"policy.checkpoint = {config.checkpoint}: is a {name}, not one of {', '.join(sorted(FAMILIES))}")
@@ -115,6 +118,7 @@ class Diffusion(nn.Module):
         memo[id(self)] = twin
         for name, value in self.__dict__.items():
             twin.__dict__[name] = copy.deepcopy(value, memo)
+        twin._number = next(_NUMBERS)
         return twin
 
     def _still(self) -> list[Any]:
@@ -239,6 +243,8 @@ class Diffusion(nn.Module):
             return Decision(action, trace if explore else {}, nothing, nothing == 0, None, self.version)
         step_BK = torch.tensor(chosen, device=self.device).expand(len(prompts), -1)
         states = {"x_before": torch.stack(walk.before, 1), "x_after": torch.stack(walk.after, 1), "step": step_BK}
+        if walk.apart:
+            states |= {"apart": torch.stack(walk.apart, 1), "weights": torch.full_like(step_BK[:, 0], self._weights())}
         return Decision(
             action,
             {**states, **trace},
@@ -248,6 +254,11 @@ class Diffusion(nn.Module):
             self.version,
             torch.stack([unit.mean_ND for unit in walk.units], 1),
         )
+
+    def _weights(self) -> int:
+        """A number that stands for the weights as they are: no other policy has it, nor this one once something has trained it."""
+        trained = [(p.data_ptr(), p._version) for group in self.trainable().values() for p in group]
+        return hash((self._number, self.version, *trained))
 
     def _guided(self, prompts: Sequence[Prompt], scale: float) -> Guided:
         return Guided(self.family, self._embeddings, prompts, scale, detached=self.config.guidance_detached)
@@ -267,6 +278,8 @@ class Diffusion(nn.Module):
     def evaluate(self, trace: Trace) -> Evaluation:
         """One pass for each trained step, with the guidance of the rollout.
 
+        The branch without prompt, where it is detached, says what it said in the rollout as long as the weights are those.
+
         The entropy is that of a number of the latents (or of all, with ``reduction: sum``), and has no gradient.
         """
         clean = _tensor(trace, "clean")
@@ -276,7 +289,13 @@ class Diffusion(nn.Module):
         before, after, step_NK = (_tensor(trace, name) for name in ("x_before", "x_after", "step"))
         guided = self._guided(_prompts(trace), self.config.guidance)
         grid = self.family.schedule.grid(self.config.steps)
-        units = [self._sampler.score(guided, before[:, k], after[:, k], grid, step_NK[:, k]) for k in range(step_NK.shape[1])]
+        same = "weights" in trace and bool((_tensor(trace, "weights") == self._weights()).all())
+        units = [
+            self._sampler.score(
+                guided, before[:, k], after[:, k], grid, step_NK[:, k], _tensor(trace, "apart")[:, k] if same else None
+            )
+            for k in range(step_NK.shape[1])
+        ]
         log_probs, means, stds, deltas = (torch.stack(parts, 1) for parts in zip(*units, strict=True))
         return Evaluation(log_probs, self._sampler.entropy(stds, means.shape[2]), None, means, stds, deltas)
 

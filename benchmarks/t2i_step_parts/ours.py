@@ -16,7 +16,6 @@ from mmrl.optim import Optimization, OptimizerConfig
 from mmrl.rollout import Collector
 from mmrl.updates import RolloutUpdate
 from policies.diffusion import Diffusion
-from policies.diffusion_parts.options import TrainedSteps
 from policies.diffusion_parts.prompts import prompts_of
 
 _ENVIRONMENT = {
@@ -32,7 +31,6 @@ class Ours:
     def __init__(self, task: Task) -> None:
         self.task, self.iteration = task, 0
         device = torch.device(task.device)
-        window = TrainedSteps("window", size=task.window, shared_prefix=True) if task.window else TrainedSteps()
         config = Diffusion.Config(
             checkpoint=task.checkpoint,
             weights=task.weights,
@@ -43,7 +41,7 @@ class Ours:
             guidance=task.guidance,
             guidance_detached=True,
             noise_level=task.noise,
-            trained_steps=window,
+            trained_steps=task.trained_steps,
             train=task.train,
             lora=task.lora,
             max_text_tokens=task.max_text_tokens,

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from policies.diffusion_parts.loading import load_pipeline
-from policies.diffusion_parts.options import LoraOptions
+from policies.diffusion_parts.options import LoraOptions, TrainedSteps
+from policies.diffusion_parts.schedule import chosen_steps
 from simulators.image_prompts import ShapePrompts
 
 _PROMPTS = ShapePrompts(ShapePrompts.Config())
@@ -25,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @dataclass(frozen=True)
 class Task:
     """What is measured. size: of the pictures' sides, in pixels. pictures: of a step. batch: pictures that the network sees at a
-    time. window: steps that are drawn at random and trained, one place further in each step; 0: all but the last."""
+    time. window: how many steps in a row are drawn at random and trained; 0: all but the last."""
 
     checkpoint: str
     weights: str
@@ -59,12 +60,14 @@ class Task:
         fields = json.loads(text)
         return Task(**{**fields, "lora": LoraOptions(**fields["lora"])})
 
+    @property
+    def trained_steps(self) -> TrainedSteps:
+        """A window moves on by three places with each step, so that a few steps see it everywhere."""
+        return TrainedSteps("window", size=self.window, stride=3, shared_prefix=True) if self.window else TrainedSteps()
+
     def trained(self, iteration: int) -> list[int]:
         """The steps that are drawn at random and trained."""
-        if not self.window:
-            return list(range(self.steps - 1))
-        first = iteration % (self.steps - self.window)
-        return list(range(first, first + self.window))
+        return chosen_steps(self.trained_steps, self.steps, iteration, 0)
 
     def texts(self, iteration: int) -> list[str]:
         """Of each picture, group by group."""
