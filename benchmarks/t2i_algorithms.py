@@ -1,14 +1,14 @@
 """Which algorithm teaches an image generator most with the same number of pictures, and does it only please its reward?
 
-    python benchmarks/t2i_algorithms.py [--config configs/grpo_sd3_shapes.yaml] [--seeds 0 1 2] [--jobs 1] [--only CPS] [key=value ...]
+    python benchmarks/t2i_algorithms.py [--config configs/grpo_sd3_shapes.yaml] [--seeds 0 1 2] [--only CPS] [key=value ...]
 
-For each seed the config's stages of imitation once, and once with SOAR in their place. From there on each variant is the config's
-last stage, with as many iterations and pictures: Flow-GRPO as the config has it; Fast and MixGRPO, which draw and train a quarter of
-the steps behind a prefix that a prompt's pictures share; CPS; GRPO-Guard; DiffusionNFT; and Flow-GRPO after SOAR. Reward, and the
-rewards of weight 0 that are only watched, on the prompts of the config's evaluation.
+For each seed the config's stages of imitation once, and once with SOAR in their place. From there on each variant is the
+config's last stage, with as many iterations and pictures: Flow-GRPO as the config has it; Fast and MixGRPO, which draw and train
+a quarter of the steps behind a prefix that a prompt's pictures share; CPS; GRPO-Guard; DiffusionNFT; and Flow-GRPO after SOAR.
+Reward, and the rewards of weight 0 that are only watched, on the prompts of the config's evaluation.
 
-Every run is ``mmrl train`` in a process of its own, so the table can be had by hand too. Finished runs are kept under --output and
-not repeated. Further arguments are overrides for all runs.
+Every run is ``mmrl train`` in a process of its own, so the table can be had by hand too. Finished runs are kept under --output
+and not repeated. Further arguments are overrides for all runs.
 """
 
 from __future__ import annotations

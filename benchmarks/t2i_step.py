@@ -7,10 +7,12 @@ The same weights (by default assets/tiny_sd3_architecture, fresh), prompts, grou
 prompt detached, as published), AdamW and clipping; one update from every rollout. ``plain`` encodes the prompt of every picture,
 makes every step of every picture, asks for both branches at once, and goes back after each step (t2i_step_parts/plain.py).
 ``mmrl`` encodes a prompt once, makes what a group shares once (with ``--window``), puts the branch that is detached through no
-backward pass, and takes what it said in the rollout as long as the weights are those (here always: of several updates of a rollout,
-in the first). The floor is the bare passes of the transformer that are left (floor.py), counted for the share of the matrix rate.
+backward pass, and takes what it said in the rollout as long as the weights are those (here always; of several updates of a
+rollout, in the first). The floor is the bare passes of the transformer that are left (floor.py), counted for the share of the
+matrix rate.
 
-``--window 0`` trains all steps but the last (Flow-GRPO), ``--window 3`` three in a row whose place moves (MixGRPO, Fast), behind a prefix that pictures of a prompt share; ``plain`` begins from the same noise there but knows no sharing.
+``--window 0`` trains all steps but the last (Flow-GRPO), ``--window 3`` three in a row whose place moves (MixGRPO, Fast), behind
+a prefix that pictures of a prompt share; ``plain`` begins from the same noise there but knows no sharing.
 Before anything is measured, both must find the same step equally likely.
 
 Each side is a process; they take turns, step by step. Costs are medians after ``--warm`` steps, by the clock and in processor
@@ -180,7 +182,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=32, help="of a step")
     parser.add_argument("--group", type=int, default=8, help="pictures of a prompt")
     parser.add_argument("--batch", type=int, default=32, help="pictures that the network sees at a time")
-    parser.add_argument("--max-text-tokens", type=int, help="of T5; default: 0 for the tiny architecture, else the pipeline's own")
+    parser.add_argument(
+        "--max-text-tokens", type=int, help="of T5; default: 0 for the tiny architecture, else the pipeline's own"
+    )
     parser.add_argument("--repeats", type=int, default=6, help="steps that are measured")
     parser.add_argument("--warm", type=int, default=1, help="steps before them")
     parser.add_argument("--threads", type=int, default=1, help="of each process")

@@ -256,7 +256,7 @@ class Diffusion(nn.Module):
         )
 
     def _weights(self) -> int:
-        """A number that stands for the weights as they are: no other policy has it, nor this one once something has trained it."""
+        """A number that stands for the weights as they are: no other policy has it, nor this one when they have changed."""
         trained = [(p.data_ptr(), p._version) for group in self.trainable().values() for p in group]
         return hash((self._number, self.version, *trained))
 

@@ -1,8 +1,8 @@
 """The floor of benchmarks/t2i_step.py: a step's passes through the transformer, and nothing else.
 
 Sampling is both branches of guidance at every step, of which those before a window are made once for a prompt. Learning is, for
-each trained step, the branch with the prompt, backward, and AdamW: what the other one says is known since it was sampled, as long as
-nothing was learned. States and embeddings are random.
+each trained step, the branch with the prompt, backward, and AdamW: what the other one says is known since it was sampled, as long
+as nothing was learned. States and embeddings are random.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def matrix_rate(task: Task) -> float:
         with Stopwatch() as watch:
             started, count = time.perf_counter(), 0
             while count < 3 or time.perf_counter() - started < 0.05:
-                a @ b
+                torch.mm(a, b)
                 count += 1
         seconds = watch.wall if task.device.startswith("cuda") else watch.cpu
         best = max(best, 2 * n**3 * count / seconds)

@@ -31,31 +31,29 @@ class Ours:
     def __init__(self, task: Task) -> None:
         self.task, self.iteration = task, 0
         device = torch.device(task.device)
-        config = Diffusion.Config(
-            checkpoint=task.checkpoint,
-            weights=task.weights,
-            dtype=task.dtype,
-            height=task.size,
-            width=task.size,
-            steps=task.steps,
-            guidance=task.guidance,
-            guidance_detached=True,
-            noise_level=task.noise,
-            trained_steps=task.trained_steps,
-            train=task.train,
-            lora=task.lora,
-            max_text_tokens=task.max_text_tokens,
-            decode_batch=task.batch,
-        )
-        self.policy = Diffusion(config, device=device)
+        fields: dict[str, Any] = {
+            "checkpoint": task.checkpoint,
+            "weights": task.weights,
+            "dtype": task.dtype,
+            "height": task.size,
+            "width": task.size,
+            "steps": task.steps,
+            "guidance": task.guidance,
+            "guidance_detached": True,
+            "noise_level": task.noise,
+            "trained_steps": task.trained_steps,
+            "train": task.train,
+            "lora": task.lora,
+            "max_text_tokens": task.max_text_tokens,
+            "decode_batch": task.batch,
+        }
+        self.policy = Diffusion(Diffusion.Config(**fields), device=device)
         stir(self.policy.network)
         algorithm = FlowGRPO(FlowGRPO.Config(group_size=task.group, clip_low=task.clip, clip_high=task.clip))
         environments: list[Any] = [
             Component.parse(_ENVIRONMENT).build(num_envs=size, device=device) for size in self._parts(task)
         ]
-        self.collector = Collector(
-            environments, decisions=1, seed=0, device=device, group_size=task.group, auto_reset=False
-        )
+        self.collector = Collector(environments, decisions=1, seed=0, device=device, group_size=task.group, auto_reset=False)
         optimizer = OptimizerConfig(lr=task.lr, betas=(0.9, 0.999), weight_decay=task.weight_decay, clip_norm=1.0)
         optimization = Optimization(optimizer, self.policy.trainable(), 1000, max_skipped=1)
         dice = torch.Generator(device).manual_seed(0)

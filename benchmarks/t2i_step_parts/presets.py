@@ -63,9 +63,7 @@ def _sd35(folder: Path) -> None:
         )
         for name, (width, layers, heads, activation) in _CLIPS.items()
     }
-    write(
-        folder, transformer=_TRANSFORMER, vae=_VAE, tokenizer=tokenizer, text=clips["text_encoder"], shift=3.0
-    )
+    write(folder, transformer=_TRANSFORMER, vae=_VAE, tokenizer=tokenizer, text=clips["text_encoder"], shift=3.0)
     clips["text_encoder_2"].save_pretrained(folder / "text_encoder_2")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class Task:
     max_text_tokens: int | None = None
     clip: float = 1e-4
     weight_decay: float = 1e-4
-    lora: LoraOptions = LoraOptions()
+    lora: LoraOptions = field(default_factory=LoraOptions)
 
     @property
     def prompts(self) -> int:

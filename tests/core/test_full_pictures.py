@@ -154,9 +154,7 @@ def _small_reward(where: str, reward: Any, files: Path, judge: Server, cache: Pa
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_takes_two_steps_of_every_stage(
-    path: Path, files: Path, judge: Server, tmp_path: Path
-) -> None:
+def test_a_recipe_takes_two_steps_of_every_stage(path: Path, files: Path, judge: Server, tmp_path: Path) -> None:
     recipe = load(path)
     assert recipe.name == path.stem
     changes = [*small(recipe, files, judge, tmp_path / "cache"), f"output={tmp_path}"]

@@ -108,4 +108,18 @@ DIFFUSION: tuple[Row, ...] = (
         "(1 - share_next)",
         f"{_RULE}::test_a_step_is_diffusers",
     ),
+    (
+        "diffusion: what a detached branch said stands after an update",
+        _POLICY,
+        "return hash((self._number, self.version, *trained))",
+        "return hash((self._number, self.version))",
+        "tests/policies/test_diffusion_apart.py::test_changed_weights_ask_again[an update]",
+    ),
+    (
+        "diffusion: a reference says what the policy said",
+        _POLICY,
+        "twin._number = next(_NUMBERS)",
+        "twin._number, twin._weights = self._number, self._weights",
+        "tests/policies/test_diffusion_apart.py::test_a_reference_and_weights_that_are_worn_ask_for_themselves[all]",
+    ),
 )

@@ -23,8 +23,8 @@ def sd3(tmp_path_factory: pytest.TempPathFactory) -> str:
 def counted(policy: Diffusion) -> list[int]:
     """The rows of each pass of the network from here on."""
     rows: list[int] = []
-    predict = policy.family.predict
-    policy.family.predict = lambda x, *rest: (rows.append(len(x)), predict(x, *rest))[1]
+    predict: Any = policy.family.predict
+    policy.family.predict = lambda x, *rest: (rows.append(len(x)), predict(x, *rest))[1]  # type: ignore[method-assign,assignment]
     return rows
 
 
