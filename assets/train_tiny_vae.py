@@ -4,8 +4,8 @@
 
 The pictures' absolute error, and a little of the latents' KL to a standard normal; AdamW with a cosine. Afterwards the latents'
 mean and standard deviation over fresh pictures become ``shift_factor`` and ``scaling_factor``, so that the transformer sees
-numbers of mean 0 and deviation 1. Prints the error on pictures that training did not see. ``configs/pretrain/tiny_sd3.yaml`` trains
-the rest of the base and keeps this VAE.
+numbers of mean 0 and deviation 1. Prints the error on pictures that training did not see.
+``configs/pretrain/tiny_sd3.yaml`` trains the rest of the base and keeps this VAE.
 """
 
 from __future__ import annotations

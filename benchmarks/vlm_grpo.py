@@ -20,27 +20,22 @@ passes of the step alone, bare: see vlm_grpo_parts/floor.py. Needs ``pip install
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from sides import ROOT, Process
 from vlm_grpo_parts.task import Task
 
 from policies.qwen_vl import QwenVL
 
-ROOT = Path(__file__).parents[1]
 ARCHITECTURE = ROOT / "assets" / "tiny_qwen_vl_architecture"
 TURNS = {"one_turn": 1, "three_turns": 3}
 
@@ -54,43 +49,6 @@ class Side:
     task: Task
 
 
-class Process:
-    """A side that waits to be told to make a step."""
-
-    def __init__(self, side: Side, log: Path) -> None:
-        self.name, self._log = side.name, log
-        command = [sys.executable, "-m", f"vlm_grpo_parts.{side.module}", side.task.written()]
-        surroundings = os.environ | {"OMP_NUM_THREADS": str(side.task.threads), "PYTHONPATH": str(ROOT / "benchmarks")}
-        with log.open("w") as errors:
-            self._process = subprocess.Popen(
-                command, cwd=ROOT, env=surroundings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-        self.about = self._read()
-        self.steps: list[dict[str, float]] = []
-
-    def step(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
-        self.steps.append(self._read())
-
-    def of(self, name: str) -> list[float]:
-        """A cost of every step."""
-        return [step[name] for step in self.steps]
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} failed:\n{self._log.read_text()[-3000:]}")
-        return json.loads(line)
-
-
 def sides(task: Task) -> list[Side]:
     chosen = [Side("mmrl", "ours", task)]
     if task.turns > 1:
@@ -100,8 +58,13 @@ def sides(task: Task) -> list[Side]:
 
 def measure(task: Task, steps: int, warm: int) -> list[Process]:
     logs = Path(task.checkpoint)
-    processes = [Process(side, logs / f"{number}.log") for number, side in enumerate(sides(task))]
+    processes = [
+        Process(side.name, f"vlm_grpo_parts.{side.module}", side.task.written(), side.task.threads, logs / f"{number}.log")
+        for number, side in enumerate(sides(task))
+    ]
     try:
+        for process in processes:
+            process.wait()
         for _ in track(range(warm + steps), f"{task.turns} turn(s)", transient=True):
             for process in processes:
                 process.step()

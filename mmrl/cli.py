@@ -159,7 +159,7 @@ def check_policy(config: Config, overrides: Overrides = None) -> None:
 
 @app.command("serve-rewards")
 def serve_rewards(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/serve_rewards.yaml.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/serve/rewards.yaml.")],
     overrides: Overrides = None,
 ) -> None:
     """Offer the rewards of CONFIG over HTTP, to ``mmrl.rewards.remote:Remote`` on this or another machine, until interrupted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ def start(network: Network, tokenizer: Any, options: Mapping[str, Any]) -> LLM:
         if network.processor is not None:
             network.processor.save_pretrained(folder)
         torchvision_shim.startup(folder)
-        with _path(folder, ROOT):
+        with _path(folder, ROOT), _without_traps():
             try:
                 return LLM(str(folder), load_format="dummy", disable_log_stats=True, **options)
             except Exception as error:  # whatever vLLM, and all that it is made of, may raise
@@ -75,6 +76,25 @@ def _path(*folders: Path) -> Iterator[None]:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+
+
+@contextmanager
+def _without_traps() -> Iterator[None]:
+    """vLLM looks at everything in every module. What raises when it is looked at (stand-ins for packages that are missing, as
+    trimesh has them) is out of its module meanwhile."""
+    traps = []
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            try:
+                hasattr(value, "__dict__")
+            except Exception:
+                traps.append((module, name, value))
+                delattr(module, name)
+    try:
+        yield
+    finally:
+        for module, name, value in traps:
+            setattr(module, name, value)
 
 
 @contextmanager

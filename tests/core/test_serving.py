@@ -118,7 +118,7 @@ def test_health(process: tuple[str, Any], serve: Serve) -> None:
 
 
 def test_the_example_s_config_is_one() -> None:
-    config = load_as(ServingConfig, ROOT / "configs/serve_rewards.yaml")
+    config = load_as(ServingConfig, ROOT / "configs/serve/rewards.yaml")
     assert [block.name for block in config.rewards] == ["ocr", "small"]
 
 

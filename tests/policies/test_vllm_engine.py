@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -52,6 +53,22 @@ def make(vllm_engine: Any) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def policy(make: Callable[..., Any]) -> Any:
     return make()
+
+
+def test_what_raises_when_it_is_looked_at_is_out_of_sight(vllm_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM looks at everything in every module as it starts; trimesh puts such stand-ins where a package is missing."""
+
+    class Trap:
+        def __getattribute__(self, name: str) -> Any:
+            raise ModuleNotFoundError("No module named 'nothing'")
+
+    module = ModuleType("a_module_with_a_trap")
+    module.trap, module.other = trap, _ = Trap(), 1  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    starting = importlib.import_module("policies.vllm_parts.starting")
+    with starting._without_traps():
+        assert "trap" not in vars(module) and vars(module)["other"] == 1
+    assert vars(module)["trap"] is trap
 
 
 @torch.no_grad()

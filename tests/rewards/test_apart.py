@@ -77,9 +77,10 @@ def test_a_process_killed_between_calls_is_replaced(make: Make) -> None:
     for pid in workers.pids:
         os.kill(pid or 0, signal.SIGKILL)
     time.sleep(0.1)
-    lost = workers([red(51), red(51)])
-    assert all(math.isnan(score) or score == 0.2 for score in lost)
-    assert workers([red(51), red(51)]) == [0.2, 0.2]
+    scores = [score for _ in range(5) for score in workers([red(51), red(51)])]
+    lost = sum(math.isnan(score) for score in scores)
+    assert 1 <= lost <= 2, "each process loses what it is given first, and one may be quick enough to be given all"
+    assert scores.count(0.2) == 10 - lost
 
 
 def test_a_process_that_hangs_is_replaced_even_where_a_pipe_would_be_full(make: Make) -> None:
