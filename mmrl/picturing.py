@@ -115,7 +115,8 @@ class PictureEnvironment:
         for slot, message in enumerate(actions.tolist()):
             running = self._slots[slot]
             if running.paid is None and message is not None:
-                running.transcript = replace(running.transcript, turns=(Turn(message),), ended="answer")
+                answer = "" if message.pictures else None
+                running.transcript = replace(running.transcript, turns=(Turn(message),), answer=answer, ended="answer")
                 answered.append(slot)
         shown = [slot for slot in answered if self._slots[slot].transcript.turns[-1].message.pictures]
         transcripts = [self._slots[slot].transcript for slot in shown]
@@ -144,8 +145,7 @@ class PictureEnvironment:
     def _settle(self, slot: _Slot, scores: Sequence[float]) -> None:
         """The end of an episode."""
         named = {block.name: float(score) for (block, _), score in zip(self._rewards, scores, strict=True)}
-        answer = "" if slot.transcript.turns[-1].message.pictures else None
-        slot.transcript = replace(slot.transcript, answer=answer, scores=named)
+        slot.transcript = replace(slot.transcript, scores=named)
         slot.paid = math.fsum(block.weight * named[block.name] for block, _ in self._rewards if block.weight)
 
     def _succeeded(self, slot: _Slot) -> bool:

@@ -61,6 +61,8 @@ class Diffusion(nn.Module):
         lacking = {"critic": ("target", "is policies.diffusion:Diffusion, which has no critic; use an algorithm that needs none")}
         if config.sampler == "ode":
             lacking["likelihood"] = ("sampler", "is 'ode', which draws nothing at random; use 'flow_sde', 'cps' or 'constant'")
+        if config.reduction == "sum":
+            lacking["means"] = ("reduction", "is 'sum', where a step's log-probability must be a mean; use 'mean'")
         return lacking
 
     def __init__(self, config: Options, *, device: torch.device) -> None:

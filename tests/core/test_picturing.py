@@ -233,6 +233,20 @@ def test_parts_score_while_others_are_painted() -> None:
     assert rollout.episodes.metrics["score_slow"].tolist() == rollout.rewards_TB[0].tolist()
 
 
+def test_rewards_see_a_picture_as_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+
+    def look(self: Any, transcripts: Any) -> list[float]:
+        seen.extend(each.answer for each in transcripts)
+        return [1.0] * len(transcripts)
+
+    monkeypatch.setattr("mmrl.rewards.shapes.Shapes.__call__", look)
+    made = environment(SHAPES)
+    made.reset(tasks(0, 1, 2))
+    made.step(made.expert_action())
+    assert seen == ["", "", ""]
+
+
 def test_a_run_keeps_pictures_with_their_scores_and_shows_them(tmp_path: Path) -> None:
     folder = painting_run.run(tmp_path)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

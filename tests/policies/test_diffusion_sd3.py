@@ -404,6 +404,7 @@ def test_it_keeps_the_protocols(sd3: str) -> None:
 def test_what_only_follows_the_ode_lacks_a_likelihood(sd3: str) -> None:
     assert set(Diffusion.lacks(tiny.config(sd3, sampler="ode"))) == {"critic", "likelihood"}
     assert set(Diffusion.lacks(tiny.config(sd3))) == {"critic"}
+    assert set(Diffusion.lacks(tiny.config(sd3, reduction="sum"))) == {"critic", "means"}
     policy = tiny.build(sd3, sampler="ode")
     made = policy.act(tiny.observe(), tiny.draws(), explore=True)
     assert set(made.trace) == {"clean", "prompt"} and made.log_probs_BK.tolist() == [[0.0]] * 5
