@@ -113,7 +113,7 @@ DIFFUSION: tuple[Row, ...] = (
         _POLICY,
         "return hash((self._number, self.version, *trained))",
         "return hash((self._number, self.version))",
-        "tests/policies/test_diffusion_apart.py::test_changed_weights_ask_again[an update]",
+        "tests/policies/test_diffusion_apart.py::test_changed_weights_ask_again",
     ),
     (
         "diffusion: a reference says what the policy said",
