@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy
@@ -80,21 +81,30 @@ def _path(*folders: Path) -> Iterator[None]:
 
 @contextmanager
 def _without_traps() -> Iterator[None]:
-    """vLLM looks at everything in every module. What raises when it is looked at (stand-ins for packages that are missing, as
-    trimesh has them) is out of its module meanwhile."""
-    traps = []
-    for module in list(sys.modules.values()):
-        for name, value in list(getattr(module, "__dict__", {}).items()):
-            try:
-                hasattr(value, "__dict__")
-            except Exception:
-                traps.append((module, name, value))
-                delattr(module, name)
+    """vLLM looks at everything in every module. What does not bear that is out of its module meanwhile."""
+    traps = [
+        (vars(module), name, value)
+        for module in list(sys.modules.values())
+        if isinstance(module, ModuleType)
+        for name, value in list(vars(module).items())
+        if _is_trap(value)
+    ]
+    for namespace, name, _ in traps:
+        del namespace[name]
     try:
         yield
     finally:
-        for module, name, value in traps:
-            setattr(module, name, value)
+        for namespace, name, value in traps:
+            namespace[name] = value
+
+
+def _is_trap(value: Any) -> bool:
+    """Whether it raises when it is asked for its attributes (trimesh's stand-ins for what is missing), or gives something else
+    (libraries whose wrappers make up whatever they are asked for)."""
+    try:
+        return hasattr(value, "__dict__") and not hasattr(vars(value), "get")
+    except Exception:
+        return True
 
 
 @contextmanager

@@ -55,19 +55,25 @@ def policy(make: Callable[..., Any]) -> Any:
     return make()
 
 
-def test_what_raises_when_it_is_looked_at_is_out_of_sight(vllm_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM looks at everything in every module as it starts; trimesh puts such stand-ins where a package is missing."""
+class Raises:
+    def __getattribute__(self, name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'nothing'")
 
-    class Trap:
-        def __getattribute__(self, name: str) -> Any:
-            raise ModuleNotFoundError("No module named 'nothing'")
 
+class MakesUp:
+    def __getattribute__(self, name: str) -> Any:
+        return lambda: None
+
+
+@pytest.mark.parametrize("trap", [Raises(), MakesUp()], ids=["raises", "makes up"])
+def test_what_does_not_bear_to_be_looked_at_is_out_of_sight(vllm_engine: Any, trap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM looks at everything in every module as it starts; trimesh and OpenGL have such things."""
     module = ModuleType("a_module_with_a_trap")
-    module.trap, module.other = trap, _ = Trap(), 1  # type: ignore[attr-defined]
+    vars(module).update(trap=trap, other=pytest)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     starting = importlib.import_module("policies.vllm_parts.starting")
     with starting._without_traps():
-        assert "trap" not in vars(module) and vars(module)["other"] == 1
+        assert "trap" not in vars(module) and vars(module)["other"] is pytest
     assert vars(module)["trap"] is trap
 
 
