@@ -15,22 +15,15 @@ from typing import Any, Literal
 
 from PIL import Image, ImageDraw
 
+from simulators.prompts_parts import drawing
 from simulators.prompts_parts.common import Split, share_of
+from simulators.prompts_parts.drawing import Colour
 
 Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 Clause = dict[str, Any]
 
-COLOURS: dict[str, Colour] = {
-    "red": (225, 35, 35),
-    "green": (30, 160, 50),
-    "blue": (40, 70, 225),
-    "yellow": (240, 210, 30),
-    "purple": (165, 50, 200),
-    "orange": (245, 140, 25),
-    "black": (25, 25, 25),
-}
+COLOURS = {name: drawing.COLOURS[name] for name in ("red", "green", "blue", "yellow", "purple", "orange", "black")}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 OPPOSITE = {"left of": "right of", "above": "below"}
