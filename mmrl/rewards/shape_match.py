@@ -21,9 +21,9 @@ from PIL import Image
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from mmrl.rewards.geneval_rules import Detected, Rules, judge, problem
+from mmrl.rewards.geneval_rules import Detected, Rules, judge
 from mmrl.rewards.shape_reading import INSIDE, LARGEST, Colour, blurred
-from mmrl.rewards.shapes import ReadingConfig, drawn
+from mmrl.rewards.shapes import ReadingConfig, each_scene
 from mmrl.transcripts import Transcript
 
 INK = 0.35  # of the way from the paper to a colour, from which a pixel is no paper
@@ -158,17 +158,15 @@ class ShapeMatch:
         self.terms: dict[str, float] = {}
 
     def __call__(self, transcripts: Sequence[Transcript]) -> list[float]:
-        scores, numbers = [], []
-        for transcript in transcripts:
-            metadata, image = transcript.question.details, drawn(transcript)
-            wrong = problem(metadata) or ("there is no picture" if image is None else None)
-            if wrong is not None or image is None:
-                self.failure = f"the prompt '{metadata.get('prompt', '')}' cannot be judged: {wrong}"
-                scores.append(math.nan)
-                continue
+        numbers: list[int] = []
+
+        def score(metadata: Mapping[str, Any], image: Image.Image) -> float:
             things = match(image, self.config.colours, self.config.shapes)
-            asked = sum(clause["count"] for clause in metadata["include"])
-            scores.append(float(judge(metadata, things, _ALL).exact and len(things) == asked))
             numbers.append(len(things))
+            asked = sum(clause["count"] for clause in metadata["include"])
+            return float(judge(metadata, things, _ALL).exact and len(things) == asked)
+
+        scores, failure = each_scene(transcripts, score)
+        self.failure = failure or self.failure
         self.terms = {"things": fmean(numbers)} if numbers else {}
         return scores

@@ -7,9 +7,10 @@ The prompt's facts are ``include`` and ``exclude`` of the question's details, in
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from statistics import fmean
+from typing import Any
 
 from PIL import Image
 from pydantic import ConfigDict
@@ -44,6 +45,23 @@ def drawn(transcript: Transcript) -> Image.Image | None:
     return pictures[-1].image if pictures else None
 
 
+def each_scene(
+    transcripts: Sequence[Transcript], score: Callable[[Mapping[str, Any], Image.Image], float]
+) -> tuple[list[float], str | None]:
+    """``score`` of each prompt's facts and picture, NaN where there is nothing to judge, and why the last such could not be."""
+    scores: list[float] = []
+    failure = None
+    for transcript in transcripts:
+        metadata, image = transcript.question.details, drawn(transcript)
+        wrong = problem(metadata) or ("there is no picture" if image is None else None)
+        if wrong is not None or image is None:
+            failure = f"the prompt '{metadata.get('prompt', '')}' cannot be judged: {wrong}"
+            scores.append(math.nan)
+        else:
+            scores.append(score(metadata, image))
+    return scores, failure
+
+
 class Shapes:
     """1 where a scene of shapes fulfils its prompt, else 0, or how much of it.
 
@@ -63,17 +81,14 @@ class Shapes:
         self.terms: dict[str, float] = {}
 
     def __call__(self, transcripts: Sequence[Transcript]) -> list[float]:
-        scores, right = [], []
-        for transcript in transcripts:
-            metadata, image = transcript.question.details, drawn(transcript)
-            wrong = problem(metadata) or ("there is no picture" if image is None else None)
-            if wrong is not None or image is None:
-                self.failure = f"the prompt '{metadata.get('prompt', '')}' cannot be judged: {wrong}"
-                scores.append(math.nan)
-                continue
-            things = read(image, self.config.colours, self.config.shapes)
-            verdict = judge(metadata, things, _ALL)
+        right: list[bool] = []
+
+        def score(metadata: Mapping[str, Any], image: Image.Image) -> float:
+            verdict = judge(metadata, read(image, self.config.colours, self.config.shapes), _ALL)
             right.append(verdict.correct)
-            scores.append(verdict.graded if self.config.graded else float(verdict.correct))
+            return verdict.graded if self.config.graded else float(verdict.correct)
+
+        scores, failure = each_scene(transcripts, score)
+        self.failure = failure or self.failure
         self.terms = {"correct": fmean(right)} if right else {}
         return scores
