@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+import mmrl  # noqa: F401  isort: skip (first: it lets torchvision be imported beside a CPU torch)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, PI0Config, PreTrainedTokenizerFast
 

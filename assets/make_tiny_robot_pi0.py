@@ -12,6 +12,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import mmrl  # noqa: F401  isort: skip (first: it lets torchvision be imported beside a CPU torch)
 from libero.libero import benchmark
 
 from assets.make_tiny_pi0 import build_config, build_tokenizer

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import mmrl  # noqa: F401  isort: skip (first: it lets torchvision be imported beside a CPU torch)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PaliGemmaConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, SiglipImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil

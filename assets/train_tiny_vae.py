@@ -15,6 +15,7 @@ import math
 import random
 from pathlib import Path
 
+import mmrl  # noqa: F401  isort: skip (first: it lets torchvision be imported beside a CPU torch)
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
