@@ -2,7 +2,8 @@
 
 The classes are diffusers' and transformers' own; only the numbers are small. Pictures have up to 64 x 64 pixels, that is 16 x 16
 latents of 8 channels, or 64 tokens. There is no T5, which SD3's pipeline allows; it puts zeros in its place, so policies are told
-``max_text_tokens: 0``.
+``max_text_tokens: 0``. With ``--compact`` a latent stands for 8 x 8 pixels and is a token: as many tokens, of a quarter of the
+numbers, which is too little for letters.
 
 Whatever is listed in WORDS is one token; any other word is spelled, in letters and such groups of letters as the list has often.
 
@@ -25,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 WIDTH, HEADS, LAYERS, PATCH = 96, 3, 5, 2
 TEXT_WIDTH, TEXT_LAYERS, TEXT_TOKENS = 64, 2, 16
-LATENTS, VAE_WIDTHS, IMAGE = 8, (32, 48, 48), 64
+LATENTS, VAE_WIDTHS, COMPACT_WIDTHS, IMAGE = 8, (32, 48, 48), (16, 32, 48, 64), 64
 WORDS = (
     *(
         "a",
@@ -105,10 +106,17 @@ def text_config(
 
 
 def transformer_config(
-    *, text_width: int = TEXT_WIDTH, heads: int = HEADS, head_dim: int = WIDTH // HEADS, layers: int = LAYERS, patch: int = PATCH
+    *,
+    text_width: int = TEXT_WIDTH,
+    heads: int = HEADS,
+    head_dim: int = WIDTH // HEADS,
+    layers: int = LAYERS,
+    patch: int = PATCH,
+    side: int = IMAGE // 4,
 ) -> dict[str, Any]:
+    """side: of the largest picture, in latents."""
     return {
-        "sample_size": IMAGE // 4,
+        "sample_size": side,
         "patch_size": patch,
         "in_channels": LATENTS,
         "out_channels": LATENTS,
@@ -118,7 +126,7 @@ def transformer_config(
         "joint_attention_dim": 2 * text_width,
         "caption_projection_dim": heads * head_dim,
         "pooled_projection_dim": 2 * text_width,
-        "pos_embed_max_size": IMAGE // 4 // patch,
+        "pos_embed_max_size": side // patch,
         "qk_norm": "rms_norm",
     }
 
@@ -186,10 +194,13 @@ def write(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "tiny_sd3_architecture")
-    folder = parser.parse_args().folder
-    tokenizer = build_tokenizer()
-    transformer = transformer_config()
-    write(folder, transformer=transformer, vae=vae_config(), tokenizer=tokenizer, text=text_config(tokenizer))
+    parser.add_argument("--compact", action="store_true", help="a latent for every 8 x 8 pixels instead of 4 x 4")
+    arguments = parser.parse_args()
+    folder, tokenizer = arguments.folder, build_tokenizer()
+    widths = COMPACT_WIDTHS if arguments.compact else VAE_WIDTHS
+    side = IMAGE // 2 ** (len(widths) - 1)
+    transformer = transformer_config(side=side, patch=side // (IMAGE // 4 // PATCH))
+    write(folder, transformer=transformer, vae=vae_config(widths=widths), tokenizer=tokenizer, text=text_config(tokenizer))
     size = sum(p.numel() for p in SD3Transformer2DModel.from_config(transformer).parameters())
     print(f"wrote {folder}: {len(tokenizer)} tokens, {size / 1e6:.2f} M parameters in the transformer")
 
