@@ -78,6 +78,25 @@ class AsyncEnvironment(Protocol):
 
 
 @runtime_checkable
+class GradualEnvironment(Protocol):
+    """An environment in which what follows an action begins with it, whatever the other slots' actions are.
+
+    With ``collect.parts`` above 1 it stays one environment, and the policy acts for a part of its slots at a time.
+    """
+
+    def hand_in(self, actions: Any, rows_N: Tensor, /) -> None:
+        """Begin with what follows these actions of the slots ``rows_N`` (int64 [N]), and return at once.
+
+        Called for some slots after the others, never for two at the same time, but in any thread.
+        """
+        ...
+
+    def end_step(self) -> Step:
+        """Wait for all that was handed in: what ``step`` gives where all actions are there at once."""
+        ...
+
+
+@runtime_checkable
 class ExpertEnvironment(Protocol):
     """An environment that knows how its tasks are solved."""
 
@@ -167,6 +186,15 @@ class SchedulingPolicy(Protocol):
 
     def at_iteration(self, iteration: int) -> None:
         """Told before the rollout of each iteration of a stage, counted from 0; after a resume too."""
+        ...
+
+
+@runtime_checkable
+class AsyncPolicy(Protocol):
+    """A policy that has something left to do when it has decided, such as decoding, and can do it while it decides for others."""
+
+    def begin_act(self, observation: Observation, draws: Draws, *, explore: bool) -> Callable[[], Decision]:
+        """Decide, and return the function that finishes what ``act`` would have given, in any thread, one at a time."""
         ...
 
 

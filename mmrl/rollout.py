@@ -1,7 +1,9 @@
 """Collecting experience: a policy and batched environments, decision by decision.
 
 The slots of an environment run in lock-step. Several environments are a pipeline: the policy acts for one while the others
-simulate, where they can do that beside it (AsyncEnvironment).
+simulate, where they can do that beside it (AsyncEnvironment). An environment that takes actions as they come (GradualEnvironment)
+is a pipeline by itself: the policy acts for a part of its slots while a thread finishes what it has decided for the part before
+(AsyncPolicy) and hands it in.
 
 Every rollout starts with fresh episodes, so that nothing but a task counter has to survive between iterations (and a resumed run
 is the unbroken run, with any simulator). Within a rollout a slot whose episode ends either starts the next task at once
@@ -16,14 +18,16 @@ episodes, up to the rounding of matrix products, whatever number of slots and en
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmrl.columns import Values, apply, cat, stack
 from mmrl.numerics.draws import Draws
-from mmrl.protocols import AsyncEnvironment, Environment, Policy
+from mmrl.protocols import AsyncEnvironment, AsyncPolicy, Environment, Policy
 from mmrl.transcripts import TalkingEnvironment
 from mmrl.types import Action, Decision, EpisodeRecord, Observation, Rollout, Step
 
@@ -89,7 +93,8 @@ class Collector:
 
     seed: of the random numbers. group_size: consecutive slots of an environment that play the same task. auto_reset: start the
     next task in a slot as soon as its episode ends (needs group_size 1). keep_means: keep the means of Gaussian units, where the
-    policy gives them; they are large. ``next_task`` is the only state; checkpoint it.
+    policy gives them; they are large. pieces: parts of an environment's slots for which the policy acts one after the other; more
+    than one needs GradualEnvironments. ``next_task`` is the only state; checkpoint it.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class Collector:
         group_size: int = 1,
         auto_reset: bool = True,
         keep_means: bool = False,
+        pieces: int = 1,
     ) -> None:
         if auto_reset and group_size > 1:
             raise ValueError("auto_reset mixes episodes of different tasks into a group; use it with group_size 1")
@@ -111,6 +117,7 @@ class Collector:
         self.environments, self.decisions = environments, decisions
         self.seed, self.device = seed, device
         self.group_size, self.auto_reset, self.keep_means = group_size, auto_reset, keep_means
+        self.pieces = pieces
         self.next_task = 0
 
     def take_tasks(self, count: int) -> Tensor:
@@ -149,13 +156,40 @@ class _Part:
         if not bool(self._running_B.any()):
             return
         observation, draws = self._timed(self._observe()), self._draws(_ACTION)
+        begin = self._in_pieces if self._collector.pieces > 1 else self._at_once
+        decision, wait = begin(observation, draws)
+        self._pending = decision, observation.anchors_B, wait
+
+    def _at_once(self, observation: Observation, draws: Draws) -> tuple[Decision, Callable[[], Step]]:
+        """Act in all slots that run, then step."""
         if bool(self._running_B.all()):
             decision = self._policy.act(observation, draws, explore=True)
         else:
             rows = self._running_B.nonzero()[:, 0]
             decision = self._policy.act(observation.select(rows), draws.select(rows), explore=True)
             decision = decision.spread(rows, len(self._running_B))
-        self._pending = decision, observation.anchors_B, _begin_step(self._environment, decision.action)
+        return decision, _begin_step(self._environment, decision.action)
+
+    def _in_pieces(self, observation: Observation, draws: Draws) -> tuple[Decision, Callable[[], Step]]:
+        """Act in the slots of one piece after the other, while what was decided before is finished and handed in."""
+        environment: Any = self._environment
+        slots_B = torch.arange(len(self._running_B), device=self._running_B.device)
+        pieces = slots_B.split(-(-len(slots_B) // self._collector.pieces))
+        running = [rows for slots in pieces if len(rows := slots[self._running_B[slots]])]
+
+        def finish(finish_decision: Callable[[], Decision], rows: Tensor) -> Decision:
+            decision = finish_decision()
+            environment.hand_in(decision.action, rows)
+            return decision
+
+        finished: list[Future[Decision]] = []
+        with ThreadPoolExecutor(1, "handing in") as beside:
+            for rows in running:
+                decided = _begin_act(self._policy, observation.select(rows), draws.select(rows))
+                finished.append(beside.submit(finish, decided, rows))
+        decision = Decision.concat([piece.result() for piece in finished])
+        rows = torch.cat(running)
+        return decision if len(rows) == len(slots_B) else decision.spread(rows, len(slots_B)), environment.end_step
 
     def follow(self) -> None:
         """See what followed the last decision, if there was one."""
@@ -214,6 +248,14 @@ def _begin_reset(environment: Environment, task_ids_B: Tensor, where_B: Tensor |
         return environment.begin_reset(task_ids_B, where_B)
     observation = environment.reset(task_ids_B, where_B)
     return lambda: observation
+
+
+def _begin_act(policy: Policy, observation: Observation, draws: Draws) -> Callable[[], Decision]:
+    """The function that finishes the decision."""
+    if isinstance(policy, AsyncPolicy):
+        return policy.begin_act(observation, draws, explore=True)
+    decision = policy.act(observation, draws, explore=True)
+    return lambda: decision
 
 
 def _begin_step(environment: Environment, actions: Action) -> Callable[[], Step]:

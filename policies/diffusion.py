@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ class Diffusion(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Diffusion:
         """A twin with what learns copied, while all that stays as it is belongs to both."""
         learning = {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
-        for thing in [*self.parameters(), *self._still(), self._latents]:
+        for thing in [*self.parameters(), *self._still(), self._latents, self.family.vae_alone]:
             if id(thing) not in learning:
                 memo[id(thing)] = thing
         if self.config.train != "text_encoders":
@@ -196,16 +197,26 @@ class Diffusion(nn.Module):
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
         """Without exploration every step follows the ODE, with the steps and the guidance of evaluation."""
+        return self.begin_act(observation, draws, explore=explore)()
+
+    @torch.no_grad()
+    def begin_act(self, observation: Observation, draws: Draws, *, explore: bool) -> Callable[[], Decision]:
+        """The latents are there when it returns; what is left is to decode them."""
         if observation.conversations is None:
             raise MMRLError("policy diffusion draws what a conversation asks for, but the environment shows none")
         prompts = prompts_of(observation.conversations)
         with self.compute_mode(train=False):
             walk, chosen = self._explore(prompts, draws) if explore else (self._evaluated(prompts, draws), [])
-            pictures = [Message("assistant", (picture,)) for picture in self.pictures(walk.clean)]
-            return self._decision(Column.of(pictures), prompts, walk, chosen, explore=explore)
+            # Whatever a graphics card has to do is asked for here, but for the decoding, which then comes in its turn.
+            undrawn = self._decision(Column.of(prompts), prompts, walk, chosen, explore=explore)
+        return lambda: replace(undrawn, action=self._drawn(walk.clean))
+
+    def _drawn(self, latents: Tensor) -> Column:
+        """What it answers: a message with a picture for each row."""
+        with self.compute_mode(train=False):
+            return Column.of([Message("assistant", (picture,)) for picture in self.pictures(latents)])
 
     def _noise(self, draws: Draws) -> Tensor:
         kind = torch.promote_types(self._dtype, torch.float32)
