@@ -31,6 +31,7 @@ from mmrl.numerics.draws import Draws
 from mmrl.types import Decision, Evaluation, Loss, Observation, Packing, Rollout, Talks, Trace
 from policies.diffusion_families import FAMILIES
 from policies.diffusion_families.base import Family
+from policies.diffusion_parts.disk import DiskCache
 from policies.diffusion_parts.examples import example_conversations
 from policies.diffusion_parts.guided import Guided
 from policies.diffusion_parts.loading import load_pipeline, pipeline_name
@@ -46,7 +47,8 @@ _SHARED = 7  # names the noise that a group shares, among the streams of a seed
 
 
 class Diffusion(nn.Module):
-    """See the module. Satisfies LikelihoodPolicy, SupervisedPolicy (of Talks) and VelocityPolicy of mmrl.protocols.
+    """See the module. Satisfies LikelihoodPolicy, SupervisedPolicy (of Talks), VelocityPolicy,
+    SchedulingPolicy and AsyncPolicy of mmrl.protocols.
 
     The state dict is that of the network, and of text encoders that learn; other encoders and the VAE stay as they are.
     """
@@ -84,7 +86,8 @@ class Diffusion(nn.Module):
         self.network: nn.Module = self.family.network
         learning = config.train == "text_encoders"
         self.text_encoders = nn.ModuleDict(self.family.text_encoders() if learning else {})
-        self._embeddings = Embeddings(self.family, config.cached_prompts, learning=learning)
+        disk = None if config.prompt_cache is None else DiskCache(config.prompt_cache)
+        self._embeddings = Embeddings(self.family, config.cached_prompts, learning=learning, disk=disk)
         self._latents = Kept(config.cached_pictures)
         self._sampler = Sampler(self.family.schedule, rule=config.sampler, level=config.noise_level, reduction=config.reduction)
         pipeline.to(device)

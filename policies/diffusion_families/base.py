@@ -106,6 +106,10 @@ class Family(ABC):
     def encode(self, texts: Sequence[str], *, negative: bool = False) -> Embedding:
         """What the network is told of texts; ``negative``: of the empty ones that guidance leads away from."""
 
+    def read(self, text: str, pictures: Sequence[Picture], *, negative: bool = False) -> Embedding:
+        """What the network is told of one prompt."""
+        return {**self.encode([text], negative=negative), **(self.show([pictures]) if pictures else {})}
+
     def show(self, pictures: Sequence[Sequence[Picture]]) -> Embedding:
         """What the network is told of the pictures of B prompts, beside their texts."""
         raise MMRLError(f"a prompt shows a picture, but {type(self.pipeline).__name__} reads text alone; use a model that edits")

@@ -32,6 +32,16 @@ class LoraOptions:
 
 
 @dataclass(frozen=True, config=STRICT)
+class PromptCache:
+    """Embeddings of prompts on disk, which several runs may share; another encoder never reads them (diffusion_parts/disk.py)."""
+
+    folder: str | None = None
+    """Where; null: mmrl/embeddings in the user's cache folder."""
+    gigabytes: float = Field(default=10.0, gt=0)
+    """Room they may take; what was used longest ago goes first. SD3's with T5 take 3 megabytes a prompt in bfloat16."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainedSteps:
     """Which denoising steps are drawn at random and trained; the others follow the ODE. The same for all pictures of a rollout.
 
@@ -109,6 +119,8 @@ class Options:
     """``max_sequence_length`` of diffusers' pipeline; null: its default. 0 spares an SD3 without T5 the zeros in its place."""
     cached_prompts: int = Field(default=1024, ge=0)
     """Prompts whose embeddings are kept, those used last; text encoders that learn are asked every time."""
+    prompt_cache: PromptCache | None = None
+    """Embeddings that are kept on disk as well; null: in memory alone."""
     cached_pictures: int = Field(default=0, ge=0)
     """Pictures to imitate whose latents are kept, those used last; worth it where a data set comes round again."""
     decode_batch: int = Field(default=16, ge=1)
@@ -135,6 +147,8 @@ class Options:
             raise ValueError(f"noise_level must be at most 1 with sampler '{self.sampler}'")
         if not noisy and self.trained_steps != TrainedSteps():
             raise ValueError("trained_steps is not used by sampler 'ode', which draws nothing at random; remove it")
+        if self.prompt_cache is not None and self.train == "text_encoders":
+            raise ValueError("prompt_cache is not used with train 'text_encoders', whose embeddings change; remove it")
         self._check_steps()
         return self
 
