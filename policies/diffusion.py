@@ -28,9 +28,11 @@ from mmrl.columns import Column
 from mmrl.errors import MMRLError
 from mmrl.messages import Message, Picture
 from mmrl.numerics.draws import Draws
+from mmrl.protocols import Check
 from mmrl.types import Decision, Evaluation, Loss, Observation, Packing, Rollout, Talks, Trace
 from policies.diffusion_families import FAMILIES
 from policies.diffusion_families.base import Family
+from policies.diffusion_parts.checks import Trial, checks
 from policies.diffusion_parts.disk import DiskCache
 from policies.diffusion_parts.examples import example_conversations
 from policies.diffusion_parts.guided import Guided
@@ -48,7 +50,7 @@ _SHARED = 7  # names the noise that a group shares, among the streams of a seed
 
 class Diffusion(nn.Module):
     """See the module. Satisfies LikelihoodPolicy, SupervisedPolicy (of Talks), VelocityPolicy,
-    SchedulingPolicy and AsyncPolicy of mmrl.protocols.
+    SchedulingPolicy, AsyncPolicy and SelfCheckingPolicy of mmrl.protocols.
 
     The state dict is that of the network, and of text encoders that learn; other encoders and the VAE stay as they are.
     """
@@ -373,6 +375,9 @@ class Diffusion(nn.Module):
         said = guided(noised.x.to(self._dtype), noised.time, None)
         error_N = (said.to(kind) - noised.target).pow(2).flatten(1).mean(1)
         return Loss(error_N.mean(), {"flow_matching": error_N.mean().detach()})
+
+    def checks(self) -> Iterator[Check]:
+        return checks(Trial(self, self._sampler, self._embeddings, self._noise))
 
     def example_observation(self, batch_size: int) -> Observation:
         talks = example_conversations(batch_size, self.family)
