@@ -17,21 +17,23 @@ episodes, up to the rounding of matrix products, whatever number of slots and en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmrl.columns import Values, apply, cat, stack
 from mmrl.numerics.draws import Draws
-from mmrl.protocols import AsyncEnvironment, AsyncPolicy, Environment, Policy
+from mmrl.protocols import AsyncEnvironment, AsyncPolicy, Environment, GradualEnvironment, Policy
 from mmrl.transcripts import TalkingEnvironment
 from mmrl.types import Action, Decision, EpisodeRecord, Observation, Rollout, Step
 
 ValueFunction = Callable[[Observation, Draws], Tensor]
+Result = TypeVar("Result")
+Finish = Callable[[], tuple[Result, Action]]  # what a decision came to, and what to execute
 _ACTION, _VALUE = 0, 1  # what an episode's random numbers are for
 _BY_SLOT = ("_TB", "_TBK", "_TBKD")  # how the names of a rollout's fields end that hold the decisions of slots
 
@@ -177,17 +179,12 @@ class _Part:
         pieces = slots_B.split(-(-len(slots_B) // self._collector.pieces))
         running = [rows for slots in pieces if len(rows := slots[self._running_B[slots]])]
 
-        def finish(finish_decision: Callable[[], Decision], rows: Tensor) -> Decision:
-            decision = finish_decision()
-            environment.hand_in(decision.action, rows)
-            return decision
-
-        finished: list[Future[Decision]] = []
-        with ThreadPoolExecutor(1, "handing in") as beside:
+        def decided() -> Iterator[tuple[Finish[Decision], Tensor]]:
             for rows in running:
-                decided = _begin_act(self._policy, observation.select(rows), draws.select(rows))
-                finished.append(beside.submit(finish, decided, rows))
-        decision = Decision.concat([piece.result() for piece in finished])
+                finish = begin_act(self._policy, observation.select(rows), draws.select(rows), explore=True)
+                yield lambda finish=finish: ((decision := finish()), decision.action), rows
+
+        decision = Decision.concat(hand_in(environment, decided()))
         rows = torch.cat(running)
         return decision if len(rows) == len(slots_B) else decision.spread(rows, len(slots_B)), environment.end_step
 
@@ -250,12 +247,28 @@ def _begin_reset(environment: Environment, task_ids_B: Tensor, where_B: Tensor |
     return lambda: observation
 
 
-def _begin_act(policy: Policy, observation: Observation, draws: Draws) -> Callable[[], Decision]:
+def begin_act(policy: Policy, observation: Observation, draws: Draws, *, explore: bool) -> Callable[[], Decision]:
     """The function that finishes the decision."""
     if isinstance(policy, AsyncPolicy):
-        return policy.begin_act(observation, draws, explore=True)
-    decision = policy.act(observation, draws, explore=True)
+        return policy.begin_act(observation, draws, explore=explore)
+    decision = policy.act(observation, draws, explore=explore)
     return lambda: decision
+
+
+def hand_in(environment: GradualEnvironment, decided: Iterable[tuple[Finish[Result], Tensor]]) -> list[Result]:
+    """Hand in each decision for its slots (int64 [N]) when it is finished, which a thread does while the next one is made.
+
+    decided: the functions that finish them. Returns what these give, beside the actions.
+    """
+
+    def finished(finish: Finish[Result], rows_N: Tensor) -> Result:
+        result, action = finish()
+        environment.hand_in(action, rows_N)
+        return result
+
+    with ThreadPoolExecutor(1, "handing in") as beside:
+        handed = [beside.submit(finished, finish, rows_N) for finish, rows_N in decided]
+    return [each.result() for each in handed]
 
 
 def _begin_step(environment: Environment, actions: Action) -> Callable[[], Step]:

@@ -22,6 +22,7 @@ from mmrl.errors import TrainingError
 from mmrl.messages import Message, Picture
 from mmrl.numerics.draws import Draws
 from mmrl.picturing import PictureEnvironment
+from mmrl.playing import Played, Player
 from mmrl.protocols import AsyncPolicy, GradualEnvironment
 from mmrl.rewards.apart import Workers
 from mmrl.rollout import Collector
@@ -109,6 +110,18 @@ def collect(environments: Any, policy: Any, pieces: int = 1, **options: Any) -> 
     return Collector(environments, pieces=pieces, **(fields | options)).collect(policy)
 
 
+def until(scored: Path) -> Callable[[int], None]:
+    """Before it acts for the third time, the policy waits for this file."""
+
+    def wait(turn: int) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while turn == 3 and not scored.exists():
+            assert time.monotonic() < deadline, "nothing is scored while the policy acts"
+            time.sleep(0.01)
+
+    return wait
+
+
 def scores(rollout: Rollout) -> list[tuple[int, float]]:
     return [(told.task_id, told.scores["fickle"]) for told in rollout.episodes.transcripts]
 
@@ -144,20 +157,34 @@ def test_a_scorer_that_fails_dies_or_hangs_masks_its_pictures_and_is_counted(ask
 def test_scoring_ends_before_the_policy_has_drawn_the_last_picture(asking: Any, tmp_path: Path) -> None:
     """The policy does not go on before what it drew first is scored: one after the other, it would wait for ever."""
     scored = tmp_path / "scored"
-
-    def wait(turn: int) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while turn == 3 and not scored.exists():
-            assert time.monotonic() < deadline, "nothing is scored while the policy acts"
-            time.sleep(0.01)
-
-    policy = Dyer(wait)
+    policy = Dyer(until(scored))
     made = asking(f"leave {scored}", "b", "c", "d")
     assert isinstance(made, GradualEnvironment) and isinstance(policy, AsyncPolicy)
     rollout = collect([made], policy, 4)
     assert scored.exists() and rollout.valid_TB.all()
     threads = {what: {who for did, _, who in policy.seen if did == what} for what in ("act", "finish")}
     assert threads["act"] == {threading.current_thread().name} and not threads["act"] & threads["finish"]
+
+
+class Whole:
+    """An environment that takes all actions at once."""
+
+    def __init__(self, inner: PictureEnvironment) -> None:
+        self.num_envs, self.reset, self.step = inner.num_envs, inner.reset, inner.step
+        self.family_of, self.transcript = inner.family_of, inner.transcript
+
+
+def test_an_evaluation_scores_while_it_draws_and_gives_the_same(asking: Any, tmp_path: Path) -> None:
+    scored, tasks = tmp_path / "scored", [0, 4, 1, 2, 3, 5, 6, 7, 8, 11]  # ten in eight slots, and 0 and 4 want the same seat
+
+    def play(policy: Any, environment: Any) -> list[Played]:
+        return Player(policy, environment, seed=0, act_batch=2, device=CPU).play(tasks, lambda count: None)
+
+    words = (f"leave {scored}", "b")
+    serial = play(Dyer(), Whole(asking(*words, apart=False)))
+    scored.unlink()
+    assert play(policy := Dyer(until(scored)), asking(*words)) == serial and scored.exists()
+    assert len({each.return_ for each in serial}) == 10 and [size for what, size, _ in policy.seen if what == "act"] == [2] * 5
 
 
 def test_what_goes_wrong_beside_ends_the_rollout(asking: Any) -> None:

@@ -61,14 +61,14 @@ PICTURING: tuple[Row, ...] = (
         "rollout: all pieces are drawn before one is handed in",
         "mmrl/rollout.py",
         "            for rows in running:\n",
-        "            for rows in [torch.cat(running)]:\n",
+        "            for rows in (torch.cat(running),):\n",
         f"{_PIECES}::test_slots_that_do_not_run_are_not_acted_for",
     ),
     (
         "rollout: a piece is handed in for the slots of another",
         "mmrl/rollout.py",
-        "environment.hand_in(decision.action, rows)",
-        "environment.hand_in(decision.action, rows.flip(0))",
+        "environment.hand_in(action, rows_N)",
+        "environment.hand_in(action, rows_N.flip(0))",
         f"{_PIECES}::test_pieces_scored_apart_are_the_rollout_of_one_thing_after_the_other",
     ),
     (
@@ -77,6 +77,13 @@ PICTURING: tuple[Row, ...] = (
         "        return lambda: replace(undrawn, action=self._drawn(walk.clean))\n",
         "        drawn = replace(undrawn, action=self._drawn(walk.clean))\n        return lambda: drawn\n",
         f"{_PIECES}::test_diffusion_decodes_while_it_denoises_and_draws_the_same",
+    ),
+    (
+        "playing: an answer goes to another seat's slot",
+        "mmrl/playing.py",
+        "seat_M = place_N[there_N] % self.act_batch",
+        "seat_M = place_N[there_N].flip(0) % self.act_batch",
+        f"{_PIECES}::test_an_evaluation_scores_while_it_draws_and_gives_the_same",
     ),
     (
         "playing: the metrics of an episode are those of its slot's next one",
