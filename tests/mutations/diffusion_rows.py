@@ -28,9 +28,16 @@ DIFFUSION: tuple[Row, ...] = (
     (
         "diffusion: the window begins again a stride too late",
         f"{_PARTS}/schedule.py",
-        "return distance % (-(-places // stride) * stride)",
-        "return distance % ((places // stride + 1) * stride)",
+        "firsts = range(trained.start, stop - size + 1, trained.stride)",
+        "firsts = range(trained.start, stop - size + 2, trained.stride)",
         f"{_STEPS}::test_a_progressive_window_moves_and_begins_again",
+    ),
+    (
+        "diffusion: a window that decays does so from the beginning",
+        f"{_PARTS}/schedule.py",
+        "max(first - trained.decay_from, 0)",
+        "first",
+        f"{_STEPS}::test_a_window_stays_shorter_the_further_it_has_moved",
     ),
     (
         "diffusion: the last step may be chosen",
