@@ -138,6 +138,13 @@ DIFFUSION: tuple[Row, ...] = (
         f"{_DISK}::test_a_second_policy_asks_no_encoder_and_draws_the_same",
     ),
     (
+        "qwen image edit: the picture stands before the noise",
+        f"{_FAMILIES}/qwen_image.py",
+        "torch.cat([x, *shown], 1)",
+        "torch.cat([*shown, x], 1)",
+        "tests/policies/test_diffusion_qwen_image.py::test_qwen_image_edit_edits_what_it_is_shown",
+    ),
+    (
         "ddim: the noise of the whole variance",
         "mmrl/numerics/diffusion.py",
         "(1 - share / share_next)).clamp",
