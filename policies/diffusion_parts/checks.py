@@ -68,8 +68,10 @@ class Trial:
         first, second = prompts_of(conversations)
         return [first, first, second, second]
 
-    def guided(self, *, detached: bool = False) -> Guided:
-        return Guided(self.policy.family, self.embeddings, self.prompts(), self.policy.config.guidance, detached=detached)
+    def guided(self, *, scale: float | None = None, detached: bool = False, drop_N: Tensor | None = None) -> Guided:
+        """The network for the four pictures; scale: None is the policy's."""
+        scale = self.policy.config.guidance if scale is None else scale
+        return Guided(self.policy.family, self.embeddings, self.prompts(), scale, detached=detached, drop_N=drop_N)
 
     def close(self, name: str, ours: Tensor, theirs: Tensor, what: str) -> Check:
         """Of latents of pictures [N, ...]."""
@@ -136,9 +138,9 @@ def _saved(name: str, trial: Trial) -> Check:
         fields = {"checkpoint": str(Path(folder) / "saved"), "weights": "pretrained", "train": "all", "prompt_cache": None}
         again = type(policy)(replace(policy.config, **fields), device=policy.device)
     noise, ends = trial.noise(trial.draws()), []
-    for family, embeddings in ((policy.family, trial.embeddings), (again.family, Embeddings(again.family, 0, learning=False))):
-        guided = Guided(family, embeddings, trial.prompts(), policy.config.guidance, detached=False)
-        ends.append(trial.sampler.walk(guided, noise, family.schedule.grid(policy.config.steps), None, ()).clean)
+    for each in (trial, replace(trial, policy=again, embeddings=Embeddings(again.family, 0, learning=False))):
+        grid = each.policy.family.schedule.grid(policy.config.steps)
+        ends.append(trial.sampler.walk(each.guided(), noise, grid, None, ()).clean)
     return trial.close(name, ends[1], ends[0], f"saved, and opened by diffusers' {type(again.family.pipeline).__name__}")
 
 
@@ -150,10 +152,7 @@ def _guidance(name: str, trial: Trial) -> Check:
     if family.distilled:
         return Check(name, bool(together.isfinite().all()), f"its scale, {scale:g}, is an input of the network")
     drop_N = torch.ones(ROWS, dtype=torch.bool, device=x.device)
-    known, unknown = (
-        _said(Guided(family, trial.embeddings, trial.prompts(), 1.0, detached=False, drop_N=drop), x, time)
-        for drop in (None, drop_N)
-    )
+    known, unknown = (_said(trial.guided(scale=1.0, drop_N=drop), x, time) for drop in (None, drop_N))
     by_hand = known if scale == 1 else family.guide(known, unknown, scale)
     others = torch.cat([_said(trial.guided(detached=True), x, time), by_hand])
     found = trial.close(name, torch.cat([together, together]), others, f"scale {scale:g}, both branches at once and apart")
