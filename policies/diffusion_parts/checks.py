@@ -96,10 +96,10 @@ def _replay(name: str, trial: Trial) -> Check:
         return Check(name, True, "nothing is drawn at random")
     decision = policy.act(policy.example_observation(ROWS), trial.draws(), explore=True)
     scored, what = policy.evaluate(decision.trace), f"{decision.log_probs_BK.shape[1]} steps in {policy.config.dtype}"
-    apart = float((scored.log_probs_NK - decision.log_probs_BK).abs().max())
+    apart = float((scored.log_probs_NK.detach() - decision.log_probs_BK).abs().max())
     if decision.means_BKD is not None:
         assert scored.means_NKD is not None
-        apart = max(apart, float((scored.means_NKD - decision.means_BKD).abs().max()))
+        apart = max(apart, float((scored.means_NKD.detach() - decision.means_BKD).abs().max()))
     return Check(name, apart <= REPLAY, f"{what}, drawn and scored again: {apart:.1e} apart at most ({REPLAY:.0e} allowed)")
 
 
