@@ -14,7 +14,7 @@ from torch import Tensor
 from mmrl.component import Component
 from mmrl.config import RunConfig, StageConfig
 from mmrl.errors import CheckpointError, MMRLError, TrainingError
-from mmrl.protocols import AsyncEnvironment, Environment
+from mmrl.protocols import AsyncEnvironment, Environment, GradualEnvironment
 from mmrl.workers.remote import RemoteEnvironment
 
 LOCK = ".lock"
@@ -44,9 +44,12 @@ def build_parts(
 ) -> list[Environment]:
     """As ``build_environment``, but in ``parts`` of equal size, of which each can simulate while the policy acts for another.
 
-    Of a simulator that cannot do that by itself each part gets a process of its own. A single part stays as it is.
+    Of a simulator that cannot do that by itself each part gets a process of its own. A single part stays as it is, and so does an
+    environment that takes actions as they come (GradualEnvironment): its rewards, and their processes, are there once.
     """
     component = _changed(config.environment, changes)
+    if issubclass(component.cls, GradualEnvironment):
+        parts = 1
 
     def build(size: int) -> Environment:
         if parts == 1 or issubclass(component.cls, AsyncEnvironment):

@@ -47,7 +47,8 @@ class CollectConfig(Block):
     num_envs: PositiveInt
     """Environments that are played at a time."""
     parts: PositiveInt = 1
-    """Parts they are split into: the policy acts for one while the others simulate, in processes of their own; 1: no overlap."""
+    """Parts they are split into: the policy acts for one while the others simulate, in processes of their own; 1: no overlap.
+    Pictures of one part are decoded and scored while those of the next are drawn, where rewards work apart."""
     decisions: PositiveInt | None = None
     """Decisions of each environment per iteration; null: as many as the longest episode takes."""
     auto_reset: bool | None = None

@@ -80,7 +80,8 @@ def checks(policy: Any) -> Iterator[Check]:
         some = torch.tensor([2, 0], device=device)
         apart = policy.act(seen.select(some), draws.select(some), explore=True)
         yield _close("rows beside it", policy, apart.log_probs_BK, first.log_probs_BK[some], "with four rows and with two")
-    if isinstance(policy, LikelihoodPolicy):
+    lacks: Any = getattr(policy, "lacks", lambda config: {})
+    if isinstance(policy, LikelihoodPolicy) and "likelihood" not in lacks(getattr(policy, "config", None)):
         yield from _scored(policy, first)
     own: Any = policy
     if isinstance(policy, SelfCheckingPolicy):

@@ -131,6 +131,7 @@ class RolloutLearner(Learner):
             group_size=algorithm.group_size,
             auto_reset=reset,
             keep_means=_uses_means(algorithm),
+            pieces=config.collect.parts // len(self._environments),
         )
         # Another seed of the run, and another stage, means other tasks.
         self._collector.next_task = derive_seed(setting.streams.seed, "tasks", setting.index) % 2**40 + 2**32

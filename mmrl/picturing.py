@@ -51,8 +51,18 @@ class _Slot:
         return self.paid is not None and math.isnan(self.paid)
 
 
+@plain_dataclass
+class _Handed:
+    """Slots that were answered together, those of them that show a picture, and for rewards that score these already, by their
+    place: the functions that wait for the scores."""
+
+    answered: list[int]
+    shown: list[int]
+    waits: dict[int, Callable[[], _Scores]]
+
+
 class PictureEnvironment:
-    """See the module. Satisfies Environment, AsyncEnvironment, ExpertEnvironment and TalkingEnvironment."""
+    """See the module. Satisfies Environment, AsyncEnvironment, GradualEnvironment, ExpertEnvironment and TalkingEnvironment."""
 
     action_spec: Any = None
     max_steps = 1
@@ -85,6 +95,7 @@ class PictureEnvironment:
         self.prompts: Questions = prompts
         self._rewards: list[tuple[RewardBlock, Any]] = [(block, block.build()) for block in config.rewards]
         self._slots: list[_Slot] = []
+        self._handed: list[_Handed] = []
 
     # -- episodes ------------------------------------------------------------------------------------------------------
 
@@ -99,7 +110,7 @@ class PictureEnvironment:
                 question = self.prompts.question(task)
                 begun[task] = Transcript(task, question, (Message("user", question.parts),), (), None, "running")
             slots.append(_Slot(begun[task]))
-        self._slots = slots
+        self._slots, self._handed = slots, []
         return self._observe()
 
     def step(self, actions: Any, /) -> Step:
@@ -110,9 +121,13 @@ class PictureEnvironment:
         return lambda: observation
 
     def begin_step(self, actions: Any, /) -> Callable[[], Step]:
-        """Rewards that score in the background (AsyncReward) begin with it; all others score when the end is waited for."""
+        self.hand_in(actions, torch.arange(self.num_envs))
+        return self.end_step
+
+    def hand_in(self, actions: Any, rows_N: Tensor, /) -> None:
+        """Rewards that score in the background (AsyncReward) begin with it; all others score the whole step at its end."""
         answered: list[int] = []
-        for slot, message in enumerate(actions.tolist()):
+        for slot, message in zip(rows_N.tolist(), actions.tolist(), strict=True):
             running = self._slots[slot]
             if running.paid is None and message is not None:
                 answer = "" if message.pictures else None
@@ -120,8 +135,15 @@ class PictureEnvironment:
                 answered.append(slot)
         shown = [slot for slot in answered if self._slots[slot].transcript.turns[-1].message.pictures]
         transcripts = [self._slots[slot].transcript for slot in shown]
-        waits = [_begin(reward, transcripts) for _, reward in self._rewards] if shown else []
-        return lambda: self._end_step(answered, shown, [wait() for wait in waits])
+        apart = {place: each for place, (_, each) in enumerate(self._rewards) if shown and isinstance(each, AsyncReward)}
+        self._handed.append(_Handed(answered, shown, {place: each.begin(transcripts) for place, each in apart.items()}))
+
+    def end_step(self) -> Step:
+        handed, self._handed = self._handed, []
+        answered = [slot for each in handed for slot in each.answered]
+        shown = [slot for each in handed for slot in each.shown]
+        scores = [self._scores(place, handed, shown) for place in range(len(self._rewards))] if shown else []
+        return self._end_step(answered, shown, scores)
 
     def _end_step(self, answered: list[int], shown: list[int], scores: list[_Scores]) -> Step:
         for (block, reward), given in zip(self._rewards, scores, strict=False):
@@ -141,6 +163,20 @@ class PictureEnvironment:
         rewards_B = torch.where(ran_B & ~lost_B, paid_B, 0.0)
         never_B = torch.zeros_like(over_B)
         return Step(self._observe(), rewards_B[:, None], ran_B[:, None], over_B & ~lost_B, never_B, metrics, lost_B)
+
+    def _scores(self, place: int, handed: Sequence[_Handed], shown: Sequence[int]) -> _Scores:
+        """What the reward at ``place`` gives the pictures of the slots ``shown``, in their order."""
+        reward = self._rewards[place][1]
+        transcripts = [self._slots[slot].transcript for slot in shown]
+        if isinstance(reward, AsyncReward):
+            scores = [score for each in handed if place in each.waits for score in each.waits[place]()]
+        elif isinstance(reward, TurnReward):
+            scores = [math.fsum(turns) for turns in reward.per_turn(transcripts)]
+        else:
+            scores = reward(transcripts)
+        if len(scores) != len(shown):
+            raise ValueError(f"{type(reward).__name__} gave {len(scores)} scores for {len(shown)} pictures")
+        return scores
 
     def _settle(self, slot: _Slot, scores: Sequence[float]) -> None:
         """The end of an episode."""
@@ -191,21 +227,3 @@ class PictureEnvironment:
     def _observe(self) -> Observation:
         asked = tuple(slot.transcript.opening[-1].text for slot in self._slots)
         return Observation({}, None, asked, conversations=tuple(slot.transcript.messages for slot in self._slots))
-
-
-def _begin(reward: Any, transcripts: Sequence[Transcript]) -> Callable[[], _Scores]:
-    """The function that waits for the scores of ``transcripts``."""
-    if isinstance(reward, AsyncReward):
-        wait = reward.begin(transcripts)
-    elif isinstance(reward, TurnReward):
-        wait = lambda: [math.fsum(turns) for turns in reward.per_turn(transcripts)]  # noqa: E731
-    else:
-        wait = lambda: reward(transcripts)  # noqa: E731
-
-    def waited() -> _Scores:
-        scores = wait()
-        if len(scores) != len(transcripts):
-            raise ValueError(f"{type(reward).__name__} gave {len(scores)} scores for {len(transcripts)} pictures")
-        return scores
-
-    return waited

@@ -25,8 +25,9 @@ from mmrl.columns import cat, put
 from mmrl.conversing import Talk
 from mmrl.keeping import write_conversation
 from mmrl.numerics.draws import Draws
-from mmrl.protocols import Environment, Policy, RenderEnvironment
+from mmrl.protocols import Environment, GradualEnvironment, Policy, RenderEnvironment
 from mmrl.report.video import write_animation
+from mmrl.rollout import Finish, begin_act, hand_in
 from mmrl.seeding import derive_seed
 from mmrl.transcripts import TalkingEnvironment
 from mmrl.types import Action, Observation, Step
@@ -137,6 +138,18 @@ class Player:
         ]
         return cat(actions)[place_N]
 
+    def _decided(
+        self, observation: Observation, tasks_N: Tensor, rows_N: Tensor, decision: int
+    ) -> Iterator[tuple[Finish[None], Tensor]]:
+        """The decisions of ``decide``, one batch after the other, with the slots that they are for; none for slots to spare."""
+        place_N, occupant_PS = seats(tasks_N, self.act_batch)
+        draws = Draws.of(self.stream, tasks_N, decision)
+        for batch, occupant_S in enumerate(occupant_PS):
+            there_N = place_N // self.act_batch == batch
+            seat_M = place_N[there_N] % self.act_batch
+            finish = begin_act(self.policy, observation.select(occupant_S), draws.select(occupant_S), explore=False)
+            yield lambda finish=finish, seat_M=seat_M: (None, finish().action[seat_M]), rows_N[there_N]
+
     def _round(self, tasks: list[int], reel: Reel | None, filmed: Collection[int]) -> list[Played]:
         """At most ``num_envs`` tasks; slots to spare repeat the last one."""
         environment, n = self.environment, len(tasks)
@@ -149,13 +162,18 @@ class Player:
             rows_N = (~score.done_B[:n]).nonzero()[:, 0]
             if len(rows_N) == 0:
                 break
-            chosen = put(self.decide(observation.select(rows_N), tasks_B[rows_N], decision), rows_N, len(tasks_B))
-            action = chosen[torch.arange(len(tasks_B), device=self.device).clamp(max=n - 1)]
-            for piece in recorder.pieces(action):
-                step = environment.step(piece)
+            seen, tasks_N = observation.select(rows_N), tasks_B[rows_N]
+            if isinstance(environment, GradualEnvironment):
+                hand_in(environment, self._decided(seen, tasks_N, rows_N, decision))
+                steps = iter([environment.end_step()])
+            else:
+                chosen = put(self.decide(seen, tasks_N, decision), rows_N, len(tasks_B))
+                action = chosen[torch.arange(len(tasks_B), device=self.device).clamp(max=n - 1)]
+                steps = map(environment.step, recorder.pieces(action))
+            for step in steps:
                 score.add(step)
                 recorder.look()
-            observation = step.observation
+                observation = step.observation
         families = environment.family_of(tasks_B)
         talks = [
             Talk.of(environment.transcript(slot)) if isinstance(environment, TalkingEnvironment) else None for slot in range(n)

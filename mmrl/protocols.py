@@ -15,13 +15,19 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from mmrl.judging import AsyncReward as AsyncReward  # every part of mmrl finds these here
+from mmrl.judging import Reward as Reward
+from mmrl.judging import Tool as Tool
+from mmrl.judging import TurnReward as TurnReward
 from mmrl.numerics.draws import Draws
-from mmrl.transcripts import Transcript
+from mmrl.sources import Advance as Advance
+from mmrl.sources import EpisodeSink as EpisodeSink
+from mmrl.sources import ExampleSource as ExampleSource
+from mmrl.sources import StatisticsSource as StatisticsSource
 from mmrl.types import (
     ActionSpec,
     Batch,
     Decision,
-    Episode,
     Evaluation,
     Examples,
     Loss,
@@ -75,6 +81,25 @@ class AsyncEnvironment(Protocol):
     def begin_reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Callable[[], Observation]: ...
 
     def begin_step(self, actions: Any, /) -> Callable[[], Step]: ...
+
+
+@runtime_checkable
+class GradualEnvironment(Protocol):
+    """An environment in which what follows an action begins with it, whatever the other slots' actions are.
+
+    With ``collect.parts`` above 1 it stays one environment, and the policy acts for a part of its slots at a time.
+    """
+
+    def hand_in(self, actions: Any, rows_N: Tensor, /) -> None:
+        """Begin with what follows these actions of the slots ``rows_N`` (int64 [N]), and return at once.
+
+        Called for some slots after the others, never for two at the same time, but in any thread.
+        """
+        ...
+
+    def end_step(self) -> Step:
+        """Wait for all that was handed in: what ``step`` gives where all actions are there at once."""
+        ...
 
 
 @runtime_checkable
@@ -167,6 +192,15 @@ class SchedulingPolicy(Protocol):
 
     def at_iteration(self, iteration: int) -> None:
         """Told before the rollout of each iteration of a stage, counted from 0; after a resume too."""
+        ...
+
+
+@runtime_checkable
+class AsyncPolicy(Protocol):
+    """A policy that has something left to do when it has decided, such as decoding, and can do it while it decides for others."""
+
+    def begin_act(self, observation: Observation, draws: Draws, *, explore: bool) -> Callable[[], Decision]:
+        """Decide, and return the function that finishes what ``act`` would have given, in any thread, one at a time."""
         ...
 
 
@@ -279,56 +313,6 @@ class DataContext:
     horizon: int
     seed: int
     device: torch.device
-
-
-@runtime_checkable
-class ExampleSource(Protocol):
-    """Gives supervised examples. Built as ``cls(config, context=DataContext)``."""
-
-    def batch(self, size: int) -> Examples | Talks:
-        """The next ``size`` examples; the order depends on the seed and the cursor alone."""
-        ...
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """The cursor, as tensors, such that a resumed run draws what an unbroken run would have drawn."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Tensor], /) -> Any: ...
-
-
-Advance = Callable[[int], None]  # told how many more pieces of a long work are done
-
-
-@runtime_checkable
-class StatisticsSource(Protocol):
-    """A data source that can say how its states and actions are distributed."""
-
-    def __len__(self) -> int:
-        """Frames."""
-        ...
-
-    def statistics(self, advance: Advance) -> Mapping[str, Sequence[float]]:
-        """``state_mean``, ``state_std``, ``state_q01``, ``state_q99`` and the same of ``actions``, a number per dimension.
-
-        std is the unbiased one, and 1 for a dimension that never changes. A set without states has no entries for them.
-        ``advance`` is told of the frames as they are read; every frame is read twice.
-        """
-        ...
-
-
-class EpisodeSink(Protocol):
-    """Keeps recorded episodes as a data set. Built as ``cls(config, folder, name=...)``; name: of what was recorded.
-
-    ``folder`` appears, whole, when ``finish`` is called; leaving the context without that removes everything.
-    """
-
-    def __enter__(self) -> EpisodeSink: ...
-
-    def __exit__(self, *failure: object) -> None: ...
-
-    def add(self, episode: Episode) -> None: ...
-
-    def finish(self) -> None: ...
 
 
 @runtime_checkable
@@ -459,42 +443,4 @@ class SupervisedAlgorithm(Algorithm, Protocol):
 
     def loss(self, policy: Any, examples: Examples | Talks, *, share: float, generator: torch.Generator) -> Loss:
         """``share`` is this micro-batch's part of the batch, so that shares add up to the whole batch's loss."""
-        ...
-
-
-class Tool(Protocol):
-    """A typed function offered to a model; its schema comes from its hints and docstring."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-@runtime_checkable
-class Reward(Protocol):
-    """Scores conversations. Built as ``cls(config)``.
-
-    It may have a ``failure``, a sentence that says why the last score that failed did, and ``terms``, name -> mean of what its
-    last scores were made of, for the log. One that can work apart has a ``begin(transcripts)``, which returns at once with the
-    function that waits for the scores, as ``mmrl.rewards.apart:Workers`` does.
-    """
-
-    def __call__(self, transcripts: Sequence[Transcript], /) -> Sequence[float]:
-        """A score for each conversation of a rollout; those of one task_id are a group. NaN: scoring failed, never a silent 0."""
-        ...
-
-
-@runtime_checkable
-class AsyncReward(Reward, Protocol):
-    """A reward that can score in the background, while a policy makes more."""
-
-    def begin(self, transcripts: Sequence[Transcript], /) -> Callable[[], Sequence[float]]:
-        """Returns at once, with the function that waits for what ``__call__`` would have given."""
-        ...
-
-
-@runtime_checkable
-class TurnReward(Protocol):
-    """Scores the turns of conversations. Built as ``cls(config)``, and with what else a Reward may have."""
-
-    def per_turn(self, transcripts: Sequence[Transcript], /) -> Sequence[Sequence[float]]:
-        """A score for each turn of each conversation; a NaN among them means that scoring this conversation failed."""
         ...

@@ -1,7 +1,9 @@
 """Collecting experience: a policy and batched environments, decision by decision.
 
 The slots of an environment run in lock-step. Several environments are a pipeline: the policy acts for one while the others
-simulate, where they can do that beside it (AsyncEnvironment).
+simulate, where they can do that beside it (AsyncEnvironment). An environment that takes actions as they come (GradualEnvironment)
+is a pipeline by itself: the policy acts for a part of its slots while a thread finishes what it has decided for the part before
+(AsyncPolicy) and hands it in.
 
 Every rollout starts with fresh episodes, so that nothing but a task counter has to survive between iterations (and a resumed run
 is the unbroken run, with any simulator). Within a rollout a slot whose episode ends either starts the next task at once
@@ -15,19 +17,23 @@ episodes, up to the rounding of matrix products, whatever number of slots and en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmrl.columns import Values, apply, cat, stack
 from mmrl.numerics.draws import Draws
-from mmrl.protocols import AsyncEnvironment, Environment, Policy
+from mmrl.protocols import AsyncEnvironment, AsyncPolicy, Environment, GradualEnvironment, Policy
 from mmrl.transcripts import TalkingEnvironment
 from mmrl.types import Action, Decision, EpisodeRecord, Observation, Rollout, Step
 
 ValueFunction = Callable[[Observation, Draws], Tensor]
+Result = TypeVar("Result")
+Finish = Callable[[], tuple[Result, Action]]  # what a decision came to, and what to execute
 _ACTION, _VALUE = 0, 1  # what an episode's random numbers are for
 _BY_SLOT = ("_TB", "_TBK", "_TBKD")  # how the names of a rollout's fields end that hold the decisions of slots
 
@@ -89,7 +95,8 @@ class Collector:
 
     seed: of the random numbers. group_size: consecutive slots of an environment that play the same task. auto_reset: start the
     next task in a slot as soon as its episode ends (needs group_size 1). keep_means: keep the means of Gaussian units, where the
-    policy gives them; they are large. ``next_task`` is the only state; checkpoint it.
+    policy gives them; they are large. pieces: parts of an environment's slots for which the policy acts one after the other; more
+    than one needs GradualEnvironments. ``next_task`` is the only state; checkpoint it.
     """
 
     def __init__(
@@ -102,6 +109,7 @@ class Collector:
         group_size: int = 1,
         auto_reset: bool = True,
         keep_means: bool = False,
+        pieces: int = 1,
     ) -> None:
         if auto_reset and group_size > 1:
             raise ValueError("auto_reset mixes episodes of different tasks into a group; use it with group_size 1")
@@ -111,6 +119,7 @@ class Collector:
         self.environments, self.decisions = environments, decisions
         self.seed, self.device = seed, device
         self.group_size, self.auto_reset, self.keep_means = group_size, auto_reset, keep_means
+        self.pieces = pieces
         self.next_task = 0
 
     def take_tasks(self, count: int) -> Tensor:
@@ -149,13 +158,35 @@ class _Part:
         if not bool(self._running_B.any()):
             return
         observation, draws = self._timed(self._observe()), self._draws(_ACTION)
+        begin = self._in_pieces if self._collector.pieces > 1 else self._at_once
+        decision, wait = begin(observation, draws)
+        self._pending = decision, observation.anchors_B, wait
+
+    def _at_once(self, observation: Observation, draws: Draws) -> tuple[Decision, Callable[[], Step]]:
+        """Act in all slots that run, then step."""
         if bool(self._running_B.all()):
             decision = self._policy.act(observation, draws, explore=True)
         else:
             rows = self._running_B.nonzero()[:, 0]
             decision = self._policy.act(observation.select(rows), draws.select(rows), explore=True)
             decision = decision.spread(rows, len(self._running_B))
-        self._pending = decision, observation.anchors_B, _begin_step(self._environment, decision.action)
+        return decision, _begin_step(self._environment, decision.action)
+
+    def _in_pieces(self, observation: Observation, draws: Draws) -> tuple[Decision, Callable[[], Step]]:
+        """Act in the slots of one piece after the other, while what was decided before is finished and handed in."""
+        environment: Any = self._environment
+        slots_B = torch.arange(len(self._running_B), device=self._running_B.device)
+        pieces = slots_B.split(-(-len(slots_B) // self._collector.pieces))
+        running = [rows for slots in pieces if len(rows := slots[self._running_B[slots]])]
+
+        def decided() -> Iterator[tuple[Finish[Decision], Tensor]]:
+            for rows in running:
+                finish = begin_act(self._policy, observation.select(rows), draws.select(rows), explore=True)
+                yield lambda finish=finish: ((decision := finish()), decision.action), rows
+
+        decision = Decision.concat(hand_in(environment, decided()))
+        rows = torch.cat(running)
+        return decision if len(rows) == len(slots_B) else decision.spread(rows, len(slots_B)), environment.end_step
 
     def follow(self) -> None:
         """See what followed the last decision, if there was one."""
@@ -214,6 +245,30 @@ def _begin_reset(environment: Environment, task_ids_B: Tensor, where_B: Tensor |
         return environment.begin_reset(task_ids_B, where_B)
     observation = environment.reset(task_ids_B, where_B)
     return lambda: observation
+
+
+def begin_act(policy: Policy, observation: Observation, draws: Draws, *, explore: bool) -> Callable[[], Decision]:
+    """The function that finishes the decision."""
+    if isinstance(policy, AsyncPolicy):
+        return policy.begin_act(observation, draws, explore=explore)
+    decision = policy.act(observation, draws, explore=explore)
+    return lambda: decision
+
+
+def hand_in(environment: GradualEnvironment, decided: Iterable[tuple[Finish[Result], Tensor]]) -> list[Result]:
+    """Hand in each decision for its slots (int64 [N]) when it is finished, which a thread does while the next one is made.
+
+    decided: the functions that finish them. Returns what these give, beside the actions.
+    """
+
+    def finished(finish: Finish[Result], rows_N: Tensor) -> Result:
+        result, action = finish()
+        environment.hand_in(action, rows_N)
+        return result
+
+    with ThreadPoolExecutor(1, "handing in") as beside:
+        handed = [beside.submit(finished, finish, rows_N) for finish, rows_N in decided]
+    return [each.result() for each in handed]
 
 
 def _begin_step(environment: Environment, actions: Action) -> Callable[[], Step]:

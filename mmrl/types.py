@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mmrl.columns import Column, Values, apply, put
+from mmrl.columns import Column, Values, apply, cat, put
 from mmrl.numerics.losses import Loss as Loss  # every part of mmrl finds these here
 from mmrl.observation import ActionSpec as ActionSpec
 from mmrl.observation import Conversation as Conversation
@@ -59,6 +59,21 @@ class Decision:
             expect("Decision", "means_BKD", self.means_BKD, *self.log_probs_BK.shape, None)
         for name, value in self.trace.items():
             expect("Decision", f"trace[{name!r}]", value, b)
+
+    @staticmethod
+    def concat(parts: Sequence[Decision]) -> Decision:
+        """Decisions of one policy for some observations and for others, one after the other."""
+        values_B = [part.values_B for part in parts if part.values_B is not None]
+        means_BKD = [part.means_BKD for part in parts if part.means_BKD is not None]
+        return Decision(
+            cat([part.action for part in parts]),
+            {name: cat([part.trace[name] for part in parts]) for name in parts[0].trace},
+            torch.cat([part.log_probs_BK for part in parts]),
+            torch.cat([part.mask_BK for part in parts]),
+            torch.cat(values_B) if values_B else None,
+            parts[0].policy_version,
+            torch.cat(means_BKD) if means_BKD else None,
+        )
 
     def spread(self, index_N: Tensor, size: int) -> Decision:
         """These N rows as the rows ``index_N`` of ``size``; the others are zeros, whose units are not trained."""

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ from mmrl.columns import Column
 from mmrl.errors import MMRLError
 from mmrl.messages import Message, Picture
 from mmrl.numerics.draws import Draws
+from mmrl.protocols import Check
 from mmrl.types import Decision, Evaluation, Loss, Observation, Packing, Rollout, Talks, Trace
 from policies.diffusion_families import FAMILIES
 from policies.diffusion_families.base import Family
+from policies.diffusion_parts.checks import Trial, checks
+from policies.diffusion_parts.disk import DiskCache
 from policies.diffusion_parts.examples import example_conversations
 from policies.diffusion_parts.guided import Guided
 from policies.diffusion_parts.loading import load_pipeline, pipeline_name
@@ -45,7 +49,8 @@ _SHARED = 7  # names the noise that a group shares, among the streams of a seed
 
 
 class Diffusion(nn.Module):
-    """See the module. Satisfies LikelihoodPolicy, SupervisedPolicy (of Talks) and VelocityPolicy of mmrl.protocols.
+    """See the module. Satisfies LikelihoodPolicy, SupervisedPolicy (of Talks), VelocityPolicy,
+    SchedulingPolicy, AsyncPolicy and SelfCheckingPolicy of mmrl.protocols.
 
     The state dict is that of the network, and of text encoders that learn; other encoders and the VAE stay as they are.
     """
@@ -83,7 +88,8 @@ class Diffusion(nn.Module):
         self.network: nn.Module = self.family.network
         learning = config.train == "text_encoders"
         self.text_encoders = nn.ModuleDict(self.family.text_encoders() if learning else {})
-        self._embeddings = Embeddings(self.family, config.cached_prompts, learning=learning)
+        disk = None if config.prompt_cache is None else DiskCache(config.prompt_cache)
+        self._embeddings = Embeddings(self.family, config.cached_prompts, learning=learning, disk=disk)
         self._latents = Kept(config.cached_pictures)
         self._sampler = Sampler(self.family.schedule, rule=config.sampler, level=config.noise_level, reduction=config.reduction)
         pipeline.to(device)
@@ -111,7 +117,7 @@ class Diffusion(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Diffusion:
         """A twin with what learns copied, while all that stays as it is belongs to both."""
         learning = {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
-        for thing in [*self.parameters(), *self._still(), self._latents]:
+        for thing in [*self.parameters(), *self._still(), self._latents, self.family.vae_alone]:
             if id(thing) not in learning:
                 memo[id(thing)] = thing
         if self.config.train != "text_encoders":
@@ -196,16 +202,26 @@ class Diffusion(nn.Module):
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
         """Without exploration every step follows the ODE, with the steps and the guidance of evaluation."""
+        return self.begin_act(observation, draws, explore=explore)()
+
+    @torch.no_grad()
+    def begin_act(self, observation: Observation, draws: Draws, *, explore: bool) -> Callable[[], Decision]:
+        """The latents are there when it returns; what is left is to decode them."""
         if observation.conversations is None:
             raise MMRLError("policy diffusion draws what a conversation asks for, but the environment shows none")
         prompts = prompts_of(observation.conversations)
         with self.compute_mode(train=False):
             walk, chosen = self._explore(prompts, draws) if explore else (self._evaluated(prompts, draws), [])
-            pictures = [Message("assistant", (picture,)) for picture in self.pictures(walk.clean)]
-            return self._decision(Column.of(pictures), prompts, walk, chosen, explore=explore)
+            # Whatever a graphics card has to do is asked for here, but for the decoding, which then comes in its turn.
+            undrawn = self._decision(Column.of(prompts), prompts, walk, chosen, explore=explore)
+        return lambda: replace(undrawn, action=self._drawn(walk.clean))
+
+    def _drawn(self, latents: Tensor) -> Column:
+        """What it answers: a message with a picture for each row."""
+        with self.compute_mode(train=False):
+            return Column.of([Message("assistant", (picture,)) for picture in self.pictures(latents)])
 
     def _noise(self, draws: Draws) -> Tensor:
         kind = torch.promote_types(self._dtype, torch.float32)
@@ -359,6 +375,9 @@ class Diffusion(nn.Module):
         said = guided(noised.x.to(self._dtype), noised.time, None)
         error_N = (said.to(kind) - noised.target).pow(2).flatten(1).mean(1)
         return Loss(error_N.mean(), {"flow_matching": error_N.mean().detach()})
+
+    def checks(self) -> Iterator[Check]:
+        return checks(Trial(self, self._sampler, self._embeddings, self._noise))
 
     def example_observation(self, batch_size: int) -> Observation:
         talks = example_conversations(batch_size, self.family)

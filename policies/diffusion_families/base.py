@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Family(ABC):
 
     def __init__(self, pipeline: Any, *, height: int | None, width: int | None, max_text_tokens: int | None) -> None:
         self.pipeline, self.max_text_tokens = pipeline, max_text_tokens
+        self.vae_alone = Lock()  # a thread may decode pictures while others are encoded, and some VAEs remember what they are at
         self.height, self.width = height or self.default_size(), width or self.default_size()
         for name, size in (("height", self.height), ("width", self.width)):
             if size % self.multiple():
@@ -104,6 +106,10 @@ class Family(ABC):
     def encode(self, texts: Sequence[str], *, negative: bool = False) -> Embedding:
         """What the network is told of texts; ``negative``: of the empty ones that guidance leads away from."""
 
+    def read(self, text: str, pictures: Sequence[Picture], *, negative: bool = False) -> Embedding:
+        """What the network is told of one prompt."""
+        return {**self.encode([text], negative=negative), **(self.show([pictures]) if pictures else {})}
+
     def show(self, pictures: Sequence[Sequence[Picture]]) -> Embedding:
         """What the network is told of the pictures of B prompts, beside their texts."""
         raise MMRLError(f"a prompt shows a picture, but {type(self.pipeline).__name__} reads text alone; use a model that edits")
@@ -139,8 +145,12 @@ class Family(ABC):
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """The VAE's most likely latents of pixels [B, 3, height, width] from -1 to 1."""
-        return self.to_latents(self.pipeline.vae.encode(pixels.to(self.pipeline.vae.dtype)).latent_dist.mode())
+        with self.vae_alone:
+            encoded = self.pipeline.vae.encode(pixels.to(self.pipeline.vae.dtype)).latent_dist.mode()
+        return self.to_latents(encoded)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, 3, height, width], from about -1 to about 1."""
-        return self.pipeline.vae.decode(self.from_latents(latents.to(self.pipeline.vae.dtype)), return_dict=False)[0]
+        encoded = self.from_latents(latents.to(self.pipeline.vae.dtype))
+        with self.vae_alone:
+            return self.pipeline.vae.decode(encoded, return_dict=False)[0]

@@ -45,4 +45,6 @@ class Sana(Family):
         return said[:, : x.shape[1]]
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        return self.to_latents(self.pipeline.vae.encode(pixels.to(self.pipeline.vae.dtype)).latent)
+        with self.vae_alone:
+            encoded = self.pipeline.vae.encode(pixels.to(self.pipeline.vae.dtype)).latent
+        return self.to_latents(encoded)

@@ -14,7 +14,19 @@ NOISY = ("flow_sde", "cps", "constant", "ddim")
 _READS: dict[str, tuple[str, ...]] = {
     "all": (),
     "all_but_last": (),
-    "window": ("size", "start", "stop", "every", "stride", "order", "shared_prefix"),
+    "window": (
+        "size",
+        "start",
+        "stop",
+        "every",
+        "stride",
+        "order",
+        "decay",
+        "least",
+        "decay_from",
+        "decay_rate",
+        "shared_prefix",
+    ),
     "random": ("size", "start", "stop", "every"),
 }
 
@@ -29,6 +41,16 @@ class LoraOptions:
     """Their output is multiplied by alpha / rank."""
     modules: str = r".*\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     """Regular expression over module names."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class PromptCache:
+    """Embeddings of prompts on disk, which several runs may share; another encoder never reads them (diffusion_parts/disk.py)."""
+
+    folder: str | None = None
+    """Where; null: mmrl/embeddings in the user's cache folder."""
+    gigabytes: float = Field(default=10.0, gt=0)
+    """Room they may take; what was used longest ago goes first. SD3's with T5 take 3 megabytes a prompt in bfloat16."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -53,22 +75,42 @@ class TrainedSteps:
     """window, progressive: by how many steps the window moves; behind the end it begins again."""
     order: Literal["progressive", "random"] = "progressive"
     """window: whether it moves on, or is placed anew, anywhere between start and stop."""
+    decay: Literal["none", "linear", "exponential"] = "none"
+    """window, progressive: whether it stays ``every`` iterations at each place, or fewer the further it has moved (MixGRPO):
+    linear: every (1 - f / m) + least f / m, rounded down, with f its first step and m the last step that may be chosen;
+    exponential: every exp(-decay_rate max(f - decay_from, 0)), rounded up."""
+    least: int | None = Field(default=None, ge=1)
+    """decay linear: iterations at the last step; null: a quarter of ``every``."""
+    decay_from: int = Field(default=13, ge=0)
+    """decay exponential: the first step up to which the window stays as long as at the beginning."""
+    decay_rate: float = Field(default=0.1, gt=0)
+    """decay exponential: how fast it then falls, per step."""
     shared_prefix: bool = False
     """window: pictures of one prompt share their first noise, so that the steps before the window are computed once for all."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainedSteps:
-        unset: dict[str, Any] = {"size": None, "start": 0, "stop": None, "every": 1, "stride": 1, "shared_prefix": False}
-        for name, default in unset.items():
-            if name not in _READS[self.which] and getattr(self, name) != default:
+        for name in _READS["window"]:
+            if name not in _READS[self.which] and name != "order" and getattr(self, name) != _default(name):
                 raise ValueError(f"{name} is not used with which '{self.which}'; remove it")
         if "size" in _READS[self.which] and self.size is None:
             raise ValueError(f"size is missing: with which '{self.which}' it says how many steps are trained")
-        if self.stride != 1 and self.order == "random":
-            raise ValueError("stride is not used with order 'random'; remove it")
+        for name in ("stride", "decay"):
+            if getattr(self, name) != _default(name) and self.order == "random":
+                raise ValueError(f"{name} is not used with order 'random'; remove it")
+        for name, decay in {"least": "linear", "decay_from": "exponential", "decay_rate": "exponential"}.items():
+            if getattr(self, name) != _default(name) and self.decay != decay:
+                raise ValueError(f"{name} is not used with decay '{self.decay}'; remove it")
+        if self.least is not None and self.least > self.every:
+            raise ValueError(f"least must be at most every ({self.every}), from which the iterations at a place fall")
         if self.size is not None and self.stop is not None and self.start + self.size > self.stop:
             raise ValueError(f"{self.size} steps do not fit between start {self.start} and stop {self.stop}")
         return self
+
+
+def _default(name: str) -> Any:
+    """Of a field of TrainedSteps."""
+    return TrainedSteps.__pydantic_fields__[name].default  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -109,6 +151,8 @@ class Options:
     """``max_sequence_length`` of diffusers' pipeline; null: its default. 0 spares an SD3 without T5 the zeros in its place."""
     cached_prompts: int = Field(default=1024, ge=0)
     """Prompts whose embeddings are kept, those used last; text encoders that learn are asked every time."""
+    prompt_cache: PromptCache | None = None
+    """Embeddings that are kept on disk as well; null: in memory alone."""
     cached_pictures: int = Field(default=0, ge=0)
     """Pictures to imitate whose latents are kept, those used last; worth it where a data set comes round again."""
     decode_batch: int = Field(default=16, ge=1)
@@ -135,6 +179,8 @@ class Options:
             raise ValueError(f"noise_level must be at most 1 with sampler '{self.sampler}'")
         if not noisy and self.trained_steps != TrainedSteps():
             raise ValueError("trained_steps is not used by sampler 'ode', which draws nothing at random; remove it")
+        if self.prompt_cache is not None and self.train == "text_encoders":
+            raise ValueError("prompt_cache is not used with train 'text_encoders', whose embeddings change; remove it")
         self._check_steps()
         return self
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmrl.caching import digest
 from mmrl.errors import MMRLError
 from mmrl.messages import Message, Picture
 from mmrl.types import Conversation
 from policies.diffusion_families.base import Embedding, Family
+from policies.diffusion_parts.disk import DiskCache, encoders_digest
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,18 @@ class Kept:
 class Embeddings:
     """What the network is told of prompts. ``learning``: the text encoders learn, so they are asked every time, with gradients.
 
-    Each prompt is encoded alone, so that its embedding does not depend on the batch in which it first occurs.
+    Each prompt is encoded alone, so that its embedding does not depend on the batch in which it first occurs. ``disk``: where
+    embeddings are looked for before an encoder is asked.
     """
 
-    def __init__(self, family: Family, size: int, *, learning: bool) -> None:
-        self._family, self._learning = family, learning
-        self._kept, self._nothing = Kept(0 if learning else size), Kept(1)
+    def __init__(self, family: Family, size: int, *, learning: bool, disk: DiskCache | None = None) -> None:
+        self._family, self._learning, self._disk = family, learning, disk
+        self._kept, self._nothing = Kept(0 if learning else size), Kept(0 if learning else max(size, 1))
 
     def of(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """[B, ...] each."""
         different = list({prompt.key: prompt for prompt in prompts}.values())
-        if self._learning:
+        if self._learning and not any(prompt.pictures for prompt in different):
             table = dict(self._family.encode([prompt.text for prompt in different]))
         else:
             table = self._family.collate([self._known(prompt) for prompt in different])
@@ -111,25 +114,27 @@ class Embeddings:
 
     def nothing(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """For the branch of guidance without text, [B, ...] each; pictures to edit are shown there as well."""
-        if self._learning:
-            empty = self._family.encode([""], negative=True)
-        else:
-            empty = self._nothing.get("") or self._nothing.put("", self._no_text())
         if any(prompt.pictures for prompt in prompts):
-            return self._family.collate([{**empty, **self._shown(prompt)} for prompt in prompts])
+            return self._family.collate([self._known(Prompt("", prompt.pictures), negative=True) for prompt in prompts])
+        empty = self._known(Prompt(""), negative=True)
         return {name: values.expand(len(prompts), *values.shape[1:]) for name, values in empty.items()}
 
-    def _known(self, prompt: Prompt) -> Embedding:
-        return self._kept.get(prompt.key) or self._kept.put(prompt.key, self._one(prompt))
+    def _known(self, prompt: Prompt, *, negative: bool = False) -> Embedding:
+        kept = self._nothing if negative else self._kept
+        return kept.get(prompt.key) or kept.put(prompt.key, self._read(prompt, negative=negative))
 
-    @torch.no_grad()
-    def _one(self, prompt: Prompt) -> Embedding:
-        return {**self._family.encode([prompt.text]), **self._shown(prompt)}
+    def _read(self, prompt: Prompt, *, negative: bool) -> Embedding:
+        with torch.set_grad_enabled(self._learning and torch.is_grad_enabled()):
+            if self._disk is None:
+                return self._family.read(prompt.text, prompt.pictures, negative=negative)
+            name = digest(self._encoders, negative, prompt.key)
+            found = self._disk.get(name)
+            if found is None:
+                made = self._family.read(prompt.text, prompt.pictures, negative=negative)
+                self._disk.put(name, made)
+                return made
+            return {key: values.to(self._family.network.device) for key, values in found.items()}
 
-    @torch.no_grad()
-    def _no_text(self) -> Embedding:
-        return self._family.encode([""], negative=True)
-
-    @torch.no_grad()
-    def _shown(self, prompt: Prompt) -> Embedding:
-        return self._family.show([prompt.pictures]) if prompt.pictures else {}
+    @cached_property
+    def _encoders(self) -> str:
+        return encoders_digest(self._family)

@@ -6,6 +6,7 @@ signal's share of the variance (alpha-bar) of ``mmrl.numerics.diffusion``. ``tim
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -176,14 +177,33 @@ def chosen_steps(trained: TrainedSteps, steps: int, iteration: int, seed: int) -
         return list(range(steps - (trained.which == "all_but_last")))
     assert trained.size is not None
     stop = steps - 1 if trained.stop is None else trained.stop
-    turn, places = iteration // trained.every, stop - trained.start - trained.size + 1
+    turn = iteration // trained.every
     if trained.which == "window":
-        moved = salt(seed, turn) % places if trained.order == "random" else _moved(turn * trained.stride, places, trained.stride)
-        return list(range(trained.start + moved, trained.start + moved + trained.size))
+        places = stop - trained.start - trained.size + 1
+        random = trained.order == "random"
+        first = trained.start + salt(seed, turn) % places if random else _progressive(trained, trained.size, stop, iteration)
+        return list(range(first, first + trained.size))
     order = sorted(range(trained.start, stop), key=lambda step: salt(seed, turn, step))
     return sorted(order[: trained.size])
 
 
-def _moved(distance: int, places: int, stride: int) -> int:
-    """How far a window has moved that begins again when it cannot move on."""
-    return distance % (-(-places // stride) * stride)
+def _progressive(trained: TrainedSteps, size: int, stop: int, iteration: int) -> int:
+    """The first step of a window that moves on, and begins again when it cannot."""
+    firsts = range(trained.start, stop - size + 1, trained.stride)
+    left = iteration % sum(_stay(trained, first, stop) for first in firsts)
+    for first in firsts:
+        left -= _stay(trained, first, stop)
+        if left < 0:
+            return first
+    raise AssertionError("the iterations of a round are over only when another begins")
+
+
+def _stay(trained: TrainedSteps, first: int, stop: int) -> int:
+    """Iterations for which a window stays that begins with this step."""
+    if trained.decay == "linear":
+        least = max(trained.every // 4, 1) if trained.least is None else trained.least
+        share = first / max(stop - 1, 1)
+        return max(least, int(trained.every * (1 - share) + least * share))
+    if trained.decay == "exponential":
+        return math.ceil(trained.every * math.exp(-trained.decay_rate * max(first - trained.decay_from, 0)))
+    return trained.every

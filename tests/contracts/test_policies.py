@@ -7,19 +7,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mmrl.algorithms.ppo import PPO
 from mmrl.batching import make_batch
+from mmrl.columns import Column, stack
+from mmrl.messages import Message
 from mmrl.numerics.losses import clipped_surrogate
 from mmrl.optim import StepReport
 from mmrl.protocols import Advantages, LikelihoodPolicy, LossContext, Policy, ValuePolicy
 from mmrl.types import Batch, Decision, EpisodeRecord, Rollout
 from mmrl.updates import RolloutUpdate
 from policies.mlp import MLP
-from tests.policies import tiny, tiny_vla
+from tests.policies import tiny, tiny_diffusion, tiny_vla
 
 
 def _mlp(**fields: Any) -> MLP:
@@ -52,6 +55,15 @@ POLICIES: dict[str, Callable[[Mapping[str, str]], Any]] = {
     "qwen, tokens": lambda folders: tiny_vla.build(folders["qwen"], attention="sdpa"),
     "qwen lora, actions": lambda folders: tiny_vla.build(folders["qwen"], train="lora", granularity="action", state="bins"),
     "qwen, chunks, without critic": lambda folders: tiny_vla.build(folders["qwen"], granularity="chunk", critic=None),
+    "diffusion": lambda folders: tiny_diffusion.build(folders["sd3"]),
+    "diffusion lora, cps, a window behind one prefix": lambda folders: tiny_diffusion.build(
+        folders["sd3"],
+        train="lora",
+        sampler="cps",
+        dtype="float64",
+        trained_steps={"which": "window", "size": 2, "start": 1, "shared_prefix": True},
+    ),
+    "diffusion, flux kontext that edits": lambda folders: tiny_diffusion.load(folders["kontext"], max_text_tokens=8),
 }
 B, T = 5, 2
 
@@ -70,6 +82,50 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def plain(values: Any) -> Any:
+    """Of what a policy was asked, says and remembers, what can be compared: tensors as they are, pictures as their pixels.
+
+    A column gives a tensor where it holds messages, all of one size, and a list of keys where it holds prompts.
+    """
+    if not isinstance(values, Column):
+        return values
+    things = values.tolist()
+    listed = things if isinstance(things, list) else [things]
+    if all(isinstance(thing, Message) for thing in listed):
+        shown = [torch.from_numpy(np.asarray(picture.image).copy()) for thing in listed for picture in thing.pictures]
+        return torch.stack(shown).long()
+    return [getattr(thing, "key", thing) for thing in listed]
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    ours, theirs = plain(ours), plain(theirs)
+    return torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs
+
+
+def assert_close(ours: Any, theirs: Any, what: str, within: float = 1e-4) -> None:
+    """Numbers up to ``within``, pixels up to one of 255 levels, anything else exactly."""
+    pixels = isinstance(ours, Column)
+    ours, theirs = plain(ours), plain(theirs)
+    if not isinstance(ours, Tensor):
+        assert ours == theirs, what
+        return
+    close = {"rtol": 0, "atol": 1} if pixels else {"rtol": within, "atol": within}
+    torch.testing.assert_close(ours, theirs, **close, msg=lambda m: f"{what}: {m}")
+
+
+def copied(trace: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values.map(Tensor.clone) if isinstance(values, Column) else values.clone() for name, values in trace.items()}
+
+
+@torch.no_grad()
+def learn(policy: Any, seed: int) -> None:
+    """Whatever learns becomes another: noise by name, so that equal names get equal noise."""
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=seeded(seed + sum(name.encode())))
+            parameter += 0.2 * noise.to(parameter.dtype) / parameter.shape[-1] ** 0.5
+
+
 def explore(policy: Policy, seed: int = 1, batch: int = B) -> Decision:
     with policy.compute_mode(train=False):
         return policy.act(policy.example_observation(batch), tiny.draws(seed, batch), explore=True)
@@ -84,7 +140,7 @@ def play(policy: Policy) -> Rollout:
     values_TB = torch.stack([torch.zeros(B) if d.values_B is None else d.values_B for d in decisions])
     row = torch.zeros(0)
     return Rollout(
-        trace={name: torch.stack([d.trace[name] for d in decisions]) for name in decisions[0].trace},
+        trace={name: stack([d.trace[name] for d in decisions]) for name in decisions[0].trace},
         log_probs_TBK=torch.stack([d.log_probs_BK for d in decisions]),
         mask_TBK=torch.stack([d.mask_BK for d in decisions]),
         rewards_TB=torch.randn(T, B, generator=seeded(7)),
@@ -129,7 +185,7 @@ def assert_same_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tenso
 
 def test_it_keeps_the_protocol(policy: Any) -> None:
     assert isinstance(policy, LikelihoodPolicy) and isinstance(policy, nn.Module)
-    assert isinstance(policy, ValuePolicy)
+    assert isinstance(policy, ValuePolicy) or not policy.has_critic
     assert policy.version == 0
     seen = policy.example_observation(3)
     assert seen.batch_size == 3
@@ -144,15 +200,16 @@ def test_acting_is_a_function_of_the_draws(make: Callable[[], Any], exploring: b
     ours = first.act(seen, tiny.draws(3), explore=exploring)
     torch.manual_seed(2)
     theirs = second.act(seen, tiny.draws(3), explore=exploring)
-    assert torch.equal(ours.action, theirs.action) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
+    assert same(ours.action, theirs.action) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
     other = first.act(seen, tiny.draws(4), explore=exploring)
-    assert not exploring or not torch.equal(other.action, ours.action)
+    assert not exploring or not same(other.action, ours.action)
 
 
 def test_acting_leaves_weights_modes_and_gradients_alone(policy: Any) -> None:
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     decision = explore(policy)
-    assert not any(t.requires_grad for t in (decision.action, decision.log_probs_BK, *decision.trace.values()))
+    made = (decision.action, decision.log_probs_BK, *decision.trace.values())
+    assert not any(values.requires_grad for values in made if isinstance(values, Tensor))
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
     assert all(p.grad is None for p in policy.parameters())
     assert torch.is_grad_enabled()
@@ -187,11 +244,10 @@ def test_a_row_s_decision_does_not_depend_on_the_rows_beside_it(policy: Any, exp
     seen, index = policy.example_observation(B), torch.tensor([3, 1])
     together = policy.act(seen, tiny.draws(1), explore=exploring)
     apart = policy.act(seen.select(index), tiny.draws(1).select(index), explore=exploring)
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(apart.action, together.action[index], **close)
-    torch.testing.assert_close(apart.log_probs_BK, together.log_probs_BK[index], **close)
-    for name, tensor in apart.trace.items():
-        torch.testing.assert_close(tensor, together.trace[name][index], **close, msg=lambda m, n=name: f"{n}: {m}")
+    assert_close(apart.action, together.action[index], "action")
+    assert_close(apart.log_probs_BK, together.log_probs_BK[index], "log-probabilities")
+    for name, values in apart.trace.items():
+        assert_close(values, together.trace[name][index], name)
 
 
 # -- scoring again -----------------------------------------------------------------------------------------------------
@@ -211,10 +267,10 @@ def test_scoring_again_equals_the_rollout(policy: Any) -> None:
 
 def test_scoring_twice_is_the_same_and_changes_nothing(policy: Any) -> None:
     decision = explore(policy)
-    before = {name: tensor.clone() for name, tensor in decision.trace.items()}
+    before = copied(decision.trace)
     first, second = policy.evaluate(decision.trace), policy.evaluate(decision.trace)
     assert torch.equal(first.log_probs_NK, second.log_probs_NK)
-    assert all(torch.equal(before[name], tensor) for name, tensor in decision.trace.items())
+    assert all(same(before[name], values) for name, values in decision.trace.items())
 
 
 def test_pack_takes_the_valid_decisions_in_time_then_slot_order(policy: Any) -> None:
@@ -226,7 +282,7 @@ def test_pack_takes_the_valid_decisions_in_time_then_slot_order(policy: Any) -> 
     log_probs = policy.evaluate(trace).log_probs_NK
     for n, (t, b) in enumerate(order):
         for name, tensor in trace.items():
-            assert torch.equal(tensor[n], rollout.trace[name][t, b]), name
+            assert same(tensor[n], rollout.trace[name][t, b]), name
         torch.testing.assert_close(log_probs[n], rollout.log_probs_TBK[t, b], rtol=1e-4, atol=1e-4)
 
 
@@ -339,13 +395,13 @@ def test_micro_batches_add_up_to_the_whole(policy: Any, micro_batch: int) -> Non
 
 def test_a_state_dict_makes_the_same_policy(make: Callable[[], Any]) -> None:
     policy, twin = make(), make()
-    tiny.stir(twin, seed=11)
+    learn(twin, seed=11)
     assert policy.fingerprint() == twin.fingerprint() and "\n" not in policy.fingerprint()
     decision = explore(policy)
     assert not torch.equal(explore(twin).log_probs_BK, decision.log_probs_BK)
     twin.load_state_dict({name: tensor.clone() for name, tensor in policy.state_dict().items()})
     again = explore(twin)
-    assert torch.equal(again.action, decision.action) and torch.equal(again.log_probs_BK, decision.log_probs_BK)
+    assert same(again.action, decision.action) and torch.equal(again.log_probs_BK, decision.log_probs_BK)
     assert torch.equal(twin.evaluate(decision.trace).log_probs_NK, decision.log_probs_BK)
 
 
@@ -355,7 +411,7 @@ def test_a_reference_scores_alike_and_does_not_learn(policy: Any) -> None:
     assert not any(p.requires_grad for p in reference.parameters())
     scored = reference.evaluate(decision.trace).log_probs_NK
     assert torch.equal(scored, decision.log_probs_BK)
-    tiny.stir(policy, seed=12)
+    learn(policy, seed=12)
     assert torch.equal(reference.evaluate(decision.trace).log_probs_NK, scored)
     assert not torch.equal(policy.evaluate(decision.trace).log_probs_NK, scored)
 

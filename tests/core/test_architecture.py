@@ -41,7 +41,17 @@ RULES = {
     "mmrl.answers": ("mmrl.registry",),
     "mmrl.observation": ("mmrl.columns", "mmrl.messages"),
     "mmrl.types": ("mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.observation", "mmrl.transcripts"),
-    "mmrl.protocols": ("mmrl.types", "mmrl.numerics", "mmrl.columns", "mmrl.messages", "mmrl.transcripts"),
+    "mmrl.judging": ("mmrl.messages", "mmrl.transcripts"),
+    "mmrl.sources": ("mmrl.types",),
+    "mmrl.protocols": (
+        "mmrl.types",
+        "mmrl.numerics",
+        "mmrl.columns",
+        "mmrl.messages",
+        "mmrl.transcripts",
+        "mmrl.judging",
+        "mmrl.sources",
+    ),
     "mmrl.errors": (),
     "mmrl.torchvision_shim": (),
     "mmrl.caching": ("mmrl.errors",),
@@ -60,7 +70,15 @@ RULES = {
     "simulators": (*CONTRACTS, "mmrl.workers", "mmrl.registry"),
     "tools": CONTRACTS,
 }
-TORCH_ONLY = ("mmrl.numerics", "mmrl.columns", "mmrl.observation", "mmrl.types", "mmrl.protocols")
+TORCH_ONLY = (
+    "mmrl.numerics",
+    "mmrl.columns",
+    "mmrl.observation",
+    "mmrl.types",
+    "mmrl.judging",
+    "mmrl.sources",
+    "mmrl.protocols",
+)
 
 SOURCES = sorted(path for package in (*PACKAGES, "benchmarks") for path in (ROOT / package).rglob("*.py"))
 MODULES = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in PACKAGES]

@@ -14,7 +14,7 @@ from mmrl.cli import app
 from mmrl.conformance import checks
 from policies.language_model import LanguageModel
 from policies.mlp import MLP
-from tests.policies import tiny_chat
+from tests.policies import tiny_chat, tiny_diffusion
 
 ALL = ("the same draws", "rows beside it", "log-probs of acting", "finite", "gradient")
 TALKING = (
@@ -28,6 +28,7 @@ TALKING = (
     "log-probs of the model",
     "kept keys and values",
 )
+PAINTING = ("scores of steps", "steps without noise", "batches", "saved and opened", "guidance", "window", "noise")
 
 
 def failed(policy: Any) -> set[str]:
@@ -64,6 +65,93 @@ def test_policies_that_do_not_talk_hold() -> None:
     found = list(checks(MLP(MLP.Config(state_dim=4, hidden=(8,), action_dim=2), device=tiny_chat.CPU)))
     assert [check for check in found if not check.ok] == []
     assert {check.name for check in found} == {*ALL, "values of acting"}
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_diffusion.write_sd3(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"trained_steps": {"which": "window", "size": 2, "shared_prefix": True}},
+        {"sampler": "cps", "dtype": "bfloat16", "train": "lora", "guidance_detached": True},
+        {"sampler": "ode", "guidance": 1.0},
+    ],
+    ids=lambda fields: fields.get("sampler", "window"),
+)
+def test_image_generators_hold(sd3: str, fields: dict[str, Any]) -> None:
+    found = list(checks(tiny_diffusion.build(sd3, **fields)))
+    assert [check for check in found if not check.ok] == []
+    tried = ALL if fields.get("sampler") != "ode" else ALL[:2]
+    assert tuple(check.name for check in found) == tried + PAINTING
+
+
+def _jitter(policy: Any) -> None:
+    """The network says something else each time."""
+    predict, calls = policy.family.predict, []
+    policy.family.predict = lambda *inputs: (calls.append(1), predict(*inputs) * (1 + 1e-3 * len(calls)))[1]
+
+
+def _drift(policy: Any) -> None:
+    transition = policy.family.schedule.transition
+
+    def other(*inputs: Any, rule: str, level: Any) -> Any:
+        moved, delta = transition(*inputs, rule=rule, level=level)
+        return (moved if rule == "ode" else moved._replace(mean=moved.mean + 0.01)), delta
+
+    policy.family.schedule.transition = other
+
+
+def _mix(policy: Any) -> None:
+    """Pictures see what stands beside them."""
+    predict = policy.family.predict
+    policy.family.predict = lambda *inputs: predict(*inputs) + 0.1 * predict(*inputs).mean(0, keepdim=True)
+
+
+def _forget(policy: Any) -> None:
+    save, weight = policy.save, policy.network.proj_out.weight.data
+
+    def scaled(folder: Path) -> None:
+        weight.mul_(1.5)
+        save(folder)
+        weight.div_(1.5)
+
+    policy.save = scaled
+
+
+def _swap(policy: Any) -> None:
+    """Where both branches are asked at once, they change places."""
+    predict = policy.family.predict
+    policy.family.predict = lambda x, *rest: predict(x, *rest).roll(4, 0) if len(x) == 8 else predict(x, *rest)
+
+
+def _exchange(policy: Any) -> None:
+    walk = policy._sampler.walk_from_one_point
+    policy._sampler.walk_from_one_point = lambda network, noise, *rest: walk(network, noise.flip(0), *rest)
+
+
+def _randomise(policy: Any) -> None:
+    policy._noise = lambda draws: torch.randn(len(draws), *policy.family.latent_shape)
+
+
+BROKEN: dict[str, Callable[[Any], None]] = {
+    "scores of steps": _jitter,
+    "steps without noise": _drift,
+    "batches": _mix,
+    "saved and opened": _forget,
+    "guidance": _swap,
+    "window": _exchange,
+    "noise": _randomise,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_broken_part_of_an_image_generator_fails_its_check(sd3: str, name: str) -> None:
+    policy = tiny_diffusion.build(sd3, dtype="float64")
+    BROKEN[name](policy)
+    assert name in {check.name for check in policy.checks() if not check.ok}
 
 
 def test_a_template_that_counts_turns_drifts(folder: Callable[..., Path], tmp_path: Path) -> None:

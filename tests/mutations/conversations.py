@@ -100,8 +100,8 @@ CONVERSATIONS = [
     (
         "playing: messages go to the first slots",
         "mmrl/playing.py",
-        "tasks_B[rows_N], decision), rows_N, len(tasks_B))",
-        "tasks_B[rows_N], decision), torch.arange(len(rows_N)), len(tasks_B))",
+        "self.decide(seen, tasks_N, decision), rows_N, len(tasks_B))",
+        "self.decide(seen, tasks_N, decision), torch.arange(len(rows_N)), len(tasks_B))",
         f"{_TALKING}::test_conversations_are_played_whatever_the_seats",
     ),
     (

@@ -7,6 +7,7 @@ Row = tuple[str, str, str, str, str]
 _PARTS, _POLICY, _FAMILIES = "policies/diffusion_parts", "policies/diffusion.py", "policies/diffusion_families"
 _SD3, _STEPS = "tests/policies/test_diffusion_sd3.py", "tests/policies/test_diffusion_steps.py"
 _TRAINING, _RULE = "tests/policies/test_diffusion_training.py", "tests/numerics/test_diffusion.py"
+_DISK = "tests/policies/test_diffusion_disk.py"
 _REPLAY = f"{_SD3}::test_scoring_again_equals_acting"
 
 DIFFUSION: tuple[Row, ...] = (
@@ -27,9 +28,16 @@ DIFFUSION: tuple[Row, ...] = (
     (
         "diffusion: the window begins again a stride too late",
         f"{_PARTS}/schedule.py",
-        "return distance % (-(-places // stride) * stride)",
-        "return distance % ((places // stride + 1) * stride)",
+        "firsts = range(trained.start, stop - size + 1, trained.stride)",
+        "firsts = range(trained.start, stop - size + 2, trained.stride)",
         f"{_STEPS}::test_a_progressive_window_moves_and_begins_again",
+    ),
+    (
+        "diffusion: a window that decays does so from the beginning",
+        f"{_PARTS}/schedule.py",
+        "max(first - trained.decay_from, 0)",
+        "first",
+        f"{_STEPS}::test_a_window_stays_shorter_the_further_it_has_moved",
     ),
     (
         "diffusion: the last step may be chosen",
@@ -93,6 +101,48 @@ DIFFUSION: tuple[Row, ...] = (
         "            self._values.move_to_end(key)\n        return",
         "            pass\n        return",
         f"{_SD3}::test_a_prompt_is_encoded_once_as_long_as_there_is_room",
+    ),
+    (
+        "disk: a damaged file is read all the same",
+        f"{_PARTS}/disk.py",
+        'if header["__metadata__"]["checksum"] != _checksum(tensors):',
+        "if False:",
+        f"{_DISK}::test_a_damaged_file_is_dropped_counted_and_made_again",
+    ),
+    (
+        "disk: another encoder reads what this one has left",
+        f"{_PARTS}/disk.py",
+        "        whole.update(data)\n",
+        "",
+        f"{_DISK}::test_another_encoder_reads_nothing_of_it",
+    ),
+    (
+        "disk: what was used last goes first",
+        f"{_PARTS}/disk.py",
+        "in sorted(files):",
+        "in sorted(files, reverse=True):",
+        f"{_DISK}::test_what_was_used_longest_ago_goes_first",
+    ),
+    (
+        "disk: reading a file does not count as using it",
+        f"{_PARTS}/disk.py",
+        "            os.utime(path)\n",
+        "            pass\n",
+        f"{_DISK}::test_what_was_used_longest_ago_goes_first",
+    ),
+    (
+        "disk: the branch without text reads what an empty prompt says",
+        f"{_PARTS}/prompts.py",
+        "digest(self._encoders, negative, prompt.key)",
+        "digest(self._encoders, prompt.key)",
+        f"{_DISK}::test_a_second_policy_asks_no_encoder_and_draws_the_same",
+    ),
+    (
+        "qwen image edit: the picture stands before the noise",
+        f"{_FAMILIES}/qwen_image.py",
+        "torch.cat([x, *shown], 1)",
+        "torch.cat([*shown, x], 1)",
+        "tests/policies/test_diffusion_qwen_image.py::test_qwen_image_edit_edits_what_it_is_shown",
     ),
     (
         "ddim: the noise of the whole variance",

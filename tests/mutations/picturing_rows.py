@@ -10,6 +10,7 @@ _PICTURING, _PROMPTS, _SHAPES = (
     "tests/simulators/test_image_prompts.py",
     "tests/rewards/test_shapes.py",
 )
+_PIECES = "tests/core/test_pieces.py"
 _SCENES, _READING = "simulators/image_prompts_parts/scenes.py", "mmrl/rewards/shape_reading.py"
 
 PICTURING: tuple[Row, ...] = (
@@ -45,9 +46,44 @@ PICTURING: tuple[Row, ...] = (
     (
         "picturing: scoring does not begin before it is waited for",
         "mmrl/picturing.py",
-        "        wait = reward.begin(transcripts)\n",
-        "        wait = lambda: reward.begin(transcripts)()\n",
+        "{place: each.begin(transcripts) for place, each in apart.items()}",
+        "{place: lambda each=each: each.begin(transcripts)() for place, each in apart.items()}",
         f"{_PICTURING}::test_scoring_begins_with_the_step_and_is_waited_for_at_its_end",
+    ),
+    (
+        "picturing: scores of the last piece come first",
+        "mmrl/picturing.py",
+        "for each in handed if place in each.waits",
+        "for each in handed[::-1] if place in each.waits",
+        f"{_PIECES}::test_pieces_scored_apart_are_the_rollout_of_one_thing_after_the_other",
+    ),
+    (
+        "rollout: all pieces are drawn before one is handed in",
+        "mmrl/rollout.py",
+        "            for rows in running:\n",
+        "            for rows in (torch.cat(running),):\n",
+        f"{_PIECES}::test_slots_that_do_not_run_are_not_acted_for",
+    ),
+    (
+        "rollout: a piece is handed in for the slots of another",
+        "mmrl/rollout.py",
+        "environment.hand_in(action, rows_N)",
+        "environment.hand_in(action, rows_N.flip(0))",
+        f"{_PIECES}::test_pieces_scored_apart_are_the_rollout_of_one_thing_after_the_other",
+    ),
+    (
+        "diffusion: pictures are decoded before the policy goes on",
+        "policies/diffusion.py",
+        "        return lambda: replace(undrawn, action=self._drawn(walk.clean))\n",
+        "        drawn = replace(undrawn, action=self._drawn(walk.clean))\n        return lambda: drawn\n",
+        f"{_PIECES}::test_diffusion_decodes_while_it_denoises_and_draws_the_same",
+    ),
+    (
+        "playing: an answer goes to another seat's slot",
+        "mmrl/playing.py",
+        "seat_M = place_N[there_N] % self.act_batch",
+        "seat_M = place_N[there_N].flip(0) % self.act_batch",
+        f"{_PIECES}::test_an_evaluation_scores_while_it_draws_and_gives_the_same",
     ),
     (
         "playing: the metrics of an episode are those of its slot's next one",

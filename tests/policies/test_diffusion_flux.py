@@ -7,12 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    FluxKontextPipeline,
-    FluxPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import FluxKontextPipeline, FluxPipeline
 
 from mmrl.errors import MMRLError
 from mmrl.messages import Message
@@ -22,42 +17,14 @@ from tests.policies import tiny_diffusion as tiny
 PICTURES = tuple(tiny.picture(i) for i in range(len(tiny.TEXTS)))
 
 
-def write(folder: Path, kind: Any, *, distilled: bool = True) -> str:
-    torch.manual_seed(0)
-    (text_encoder, tokenizer), (text_encoder_2, tokenizer_2) = tiny.clip(projection=False), tiny.t5()
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        guidance_embeds=distilled,
-        axes_dims_rope=(4, 4, 8),
-    )
-    return tiny.save(
-        kind(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-            vae=tiny.vae(),
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            text_encoder_2=text_encoder_2,
-            tokenizer_2=tokenizer_2,
-            transformer=transformer,
-        ),
-        folder / "flux",
-    )
-
-
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write(tmp_path_factory.mktemp("flux"), FluxPipeline)
+    return tiny.write_flux(tmp_path_factory.mktemp("flux"), FluxPipeline)
 
 
 @pytest.fixture(scope="module")
 def kontext(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write(tmp_path_factory.mktemp("kontext"), FluxKontextPipeline)
+    return tiny.write_flux(tmp_path_factory.mktemp("kontext"), FluxKontextPipeline)
 
 
 def drawn(**how: Any) -> Any:
@@ -83,7 +50,7 @@ def test_a_distilled_flux_is_told_the_guidance(flux: str) -> None:
 
 
 def test_a_flux_without_such_an_input_has_two_branches(tmp_path: Path) -> None:
-    policy = tiny.load(write(tmp_path, FluxPipeline, distilled=False), max_text_tokens=8, guidance=2.0)
+    policy = tiny.load(tiny.write_flux(tmp_path, FluxPipeline, distilled=False), max_text_tokens=8, guidance=2.0)
     tiny.assert_follows(policy, drawn(true_cfg_scale=2.0, negative_prompt=[""] * 5))
     tiny.assert_replays(policy)
 

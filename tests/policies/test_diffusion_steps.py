@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -33,6 +34,68 @@ def test_a_progressive_window_moves_and_begins_again() -> None:
     ]
     assert [c[0] for c in steps_of(10, which="window", size=4, every=2)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert steps_of(11, which="window", size=4, every=2)[-1] == [0, 1, 2, 3]
+
+
+def naive_windows(iterations: int, steps: int, size: int, every: int, stride: int, **decay: Any) -> list[int]:
+    """A walk in the manner of MixGRPO's program: how long the window has been here, and whether it moves on. Its first steps."""
+    first, here, firsts = 0, 0, []
+    for _ in range(iterations):
+        firsts.append(first)
+        here += 1
+        if decay["decay"] == "linear":
+            progress = first / (steps - 2)
+            wanted = max(decay["least"], int(every * (1 - progress) + decay["least"] * progress))
+        else:
+            wanted = math.ceil(every * math.exp(-decay["decay_rate"] * max(0, first - decay["decay_from"])))
+        if here >= wanted:
+            first, here = first + stride, 0
+        if first + size > steps - 1:  # the very last step is never drawn
+            first = 0
+    return firsts
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize(
+    "decay",
+    [
+        {"decay": "linear", "least": 2},
+        {"decay": "linear", "least": 5},
+        {"decay": "exponential", "decay_from": 4, "decay_rate": 0.3},
+    ],
+    ids=str,
+)
+def test_a_window_stays_shorter_the_further_it_has_moved(decay: dict[str, Any], stride: int) -> None:
+    trained = TrainedSteps(which="window", size=3, every=7, stride=stride, **decay)
+    chosen = [chosen_steps(trained, 13, iteration, seed=0) for iteration in range(160)]
+    assert [steps[0] for steps in chosen] == (naive := naive_windows(160, 13, 3, 7, stride, **decay))
+    assert all(steps == [steps[0], steps[0] + 1, steps[0] + 2] for steps in chosen)
+    assert naive.count(0) > 7 and 0 < naive.count(9) < naive.count(0), "it has come round, and stayed longer at the beginning"
+
+
+@pytest.mark.parametrize(("decay", "last"), [("linear", 8), ("exponential", 13)])
+def test_the_published_decays_worked_by_hand(decay: Any, last: int) -> None:
+    """25 steps, a window of 4 that stays 25 iterations at first. At step 20: 25 * 3/23 + 6 * 20/23 = 8.5; 25 exp(-0.7) = 12.4."""
+    trained = TrainedSteps(which="window", size=4, every=25, decay=decay)
+    firsts = [chosen_steps(trained, 25, iteration, seed=0)[0] for iteration in range(700)]
+    stays = [firsts.index(place + 1) - firsts.index(place) for place in range(20)]
+    assert stays[0] == 25 and stays == sorted(stays, reverse=True)
+    assert firsts[firsts.index(20) :].index(0) == last
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"order": "random", "decay": "linear"}, "decay is not used with order 'random'"),
+        ({"least": 2}, "least is not used with decay 'none'"),
+        ({"decay": "linear", "decay_rate": 0.2}, "decay_rate is not used with decay 'linear'"),
+        ({"decay": "linear", "every": 4, "least": 5}, "least must be at most every"),
+    ],
+)
+def test_decays_that_do_not_fit_are_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        TrainedSteps(which="window", size=2, **fields)
+    with pytest.raises(ValueError, match="decay is not used with which 'random'"):
+        TrainedSteps(which="random", size=2, decay="linear")
 
 
 def test_a_random_window_lies_anywhere_in_its_range() -> None:

@@ -138,6 +138,36 @@ def save(pipeline: Any, folder: Path) -> str:
     return str(folder)
 
 
+def write_flux(folder: Path, kind: Any, *, distilled: bool = True) -> str:
+    """A FLUX.1 of two blocks; ``kind``: its pipeline."""
+    torch.manual_seed(0)
+    (text_encoder, tokenizer), (text_encoder_2, tokenizer_2) = clip(projection=False), t5()
+    transformer = diffusers.FluxTransformer2DModel(  # type: ignore[attr-defined]
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        guidance_embeds=distilled,
+        axes_dims_rope=(4, 4, 8),
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # type: ignore[attr-defined]
+    return save(
+        kind(
+            scheduler=scheduler,
+            vae=vae(),
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            transformer=transformer,
+        ),
+        folder / "flux",
+    )
+
+
 def load(folder: str, **fields: Any) -> Diffusion:
     return stir(Diffusion(config(folder, weights="pretrained", **{"max_text_tokens": None, **fields}), device=CPU))
 

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict
@@ -51,6 +52,8 @@ class Fickle:
                 time.sleep(float(seconds))
             case ["give", what]:
                 return {"none": None, "text": "0.5", "inf": float("inf"), "nan": float("nan")}[what]
+            case ["leave", path]:
+                Path(path).touch()
             case ["mark"]:
                 return transcript.mark
         assert image is not None
