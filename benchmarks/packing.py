@@ -147,8 +147,8 @@ def measure(chosen: Network, rows: Conversations, packs: Sequence[int | None], s
     return ways
 
 
-def table(title: str, ways: Sequence[Way]) -> Table:
-    made = Table("", title=title, title_justify="left", box=MARKDOWN)
+def table(ways: Sequence[Way]) -> Table:
+    made = Table("", box=MARKDOWN)
     for column in ("CPU s", "of padded", "MiB", "passes", "tokens read"):
         made.add_column(column, justify="right")
     padded = median(seconds for seconds, *_ in ways[0].steps[1:])
@@ -176,11 +176,11 @@ def main() -> None:
         rows = CASES[name](random.Random(0))
         tokens = sum(len(piece) for row in rows for piece in row)
         ways = measure(chosen, rows, [None, *arguments.lines], arguments.steps, arguments.threads, name)
-        title = (
+        console.print(
             f"{name}: {len(rows)} conversations, {tokens:,} tokens, {parameters:,} parameters; "
             f"{arguments.threads} thread(s), median of {arguments.steps} steps"
         )
-        console.print(table(title, ways))
+        console.print(table(ways))
 
 
 if __name__ == "__main__":

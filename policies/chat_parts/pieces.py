@@ -98,7 +98,8 @@ class Line:
     """Conversations end to end in one row of T tokens, without padding; what several of them begin with may stand there once.
 
     positions [A, T] are those that tokens have in their conversations. places_T: of tokens in their stretches. stretch_T: which
-    stretch a token is in. before_T: the one that this continues, or itself. pictures: of all stretches, in order.
+    stretch a token is in. before_T: the one that this continues, or itself. branches: whether any continues another. pictures:
+    of all stretches, in order.
     """
 
     ids_T: Tensor
@@ -106,12 +107,8 @@ class Line:
     places_T: Tensor
     stretch_T: Tensor
     before_T: Tensor
-    pictures: tuple[Seen, ...] = field(default=())
-
-    @property
-    def branches(self) -> bool:
-        """Whether a stretch continues another one."""
-        return not torch.equal(self.stretch_T, self.before_T)
+    branches: bool
+    pictures: tuple[Seen, ...]
 
 
 def lay_out(rows: Sequence[Sequence[Piece]], start_N: Sequence[int], axes: int, pad: int, device: torch.device) -> Rows:
@@ -149,6 +146,7 @@ def line_up(stretches: Sequence[Stretch], axes: int, device: torch.device) -> Li
         torch.cat([torch.arange(part.shape[1]) for part in positions]).to(device),
         torch.arange(len(stretches)).repeat_interleave(lengths_S).to(device),
         before_S.repeat_interleave(lengths_S).to(device),
+        any(stretch.after is not None for stretch in stretches),
         _pictures([stretch.pieces for stretch in stretches]),
     )
 

@@ -3,8 +3,8 @@
 In a pass they stand side by side, those of about the same length together and padded, or packed: end to end in a line, without
 padding, where none sees another. What many of a pass begin with, as a group does with its question, is read once. Side by side
 that takes a pass of its own, and the others continue from its keys and values, through which gradients reach it; in a line they
-stand behind it and see it, by a mask. Flash attention takes no such mask: where what is shared is a good part of all, conversations
-then stand side by side after all, and elsewhere each has its own copy in the line.
+stand behind it and see it, by a mask. Flash attention takes no such mask: where what is shared is a good part of all,
+conversations then stand side by side after all, and elsewhere each has its own copy in the line.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ def score(network: Network, rows: Sequence[Sequence[Piece]], sampling: Sampling,
     """
     if not rows:
         raise ValueError("there is nothing to score")
-    packed = pack is not None and (network.branches or not _worth_it(network, rows))
-    batches = filled(rows, pack, share=network.branches) if pack and packed else similar([*map(_length, rows)])
-    read = _end_to_end if packed else _side_by_side
+    if pack is not None and (network.branches or not _worth_it(network, rows)):
+        batches, read = filled(rows, pack, share=network.branches), _end_to_end
+    else:
+        batches, read = similar([*map(_length, rows)]), _side_by_side
     passes = [(batch, _pass(network, [rows[n] for n in batch], sampling, chunk, read)) for batch in batches]
     order = [n for batch, _ in passes for n in batch]
     tokens, turns = [_said(rows[n]) for n in order], [sum(isinstance(piece, Said) for piece in rows[n]) for n in order]
