@@ -19,7 +19,7 @@ from mmrl.numerics.tokens import head_logits
 from mmrl.protocols import Check
 from mmrl.types import Conversation
 from policies.chat_parts.ears import Ears
-from policies.chat_parts.engine import Engine, Generated, Request
+from policies.chat_parts.engine import Engine, Generated, Request, Sampling
 from policies.chat_parts.network import Network
 from policies.chat_parts.pieces import Heard, Piece, Said, lay_out
 from policies.chat_parts.scoring import score
@@ -100,15 +100,35 @@ def _ids(pieces: Sequence[Piece]) -> Tensor:
     return torch.cat([piece.ids for piece in pieces])
 
 
-def _scores(policy: Talker, rows: Sequence[Sequence[Piece]]) -> Tensor:
+def _scores(policy: Talker, rows: Sequence[Sequence[Piece]], pack: int | None = None) -> Tensor:
     with torch.no_grad():
-        return score(policy.network, rows, policy.engine.sampling, 1024).log_probs_M
+        return score(policy.network, rows, policy.engine.sampling, 1024, pack).log_probs_M
 
 
 def _close(name: str, policy: Talker, ours: Tensor, theirs: Tensor, what: str) -> Check:
     apart = float((ours - theirs).abs().max())
     allowed = TOLERANCE.get(policy.network.model.dtype, TOLERANCE[torch.bfloat16])
     return Check(name, apart <= allowed, f"{what}: {apart:.1e} apart at most ({allowed:.0e} allowed)")
+
+
+def refuse_unpackable(network: Network, checkpoint: str) -> None:
+    """Raise MMRLError where the model reads conversations that stand end to end otherwise than alone, as some old ones do."""
+    words = network.head.weight.shape[0]
+    ids = [torch.arange(length) * 7919 % words for length in (5, 7)]
+    first, second = (Heard(some, torch.arange(len(some)).expand(network.axes, -1), len(some)) for some in ids)
+    rows = [(first, Said(ids[1][2:])), (first, Said(ids[1][5:])), (second, Said(ids[0][2:])), (second, Said(ids[0][1:]))]
+    sampling, why = Sampling(1.0, None, ()), ""
+    alone = torch.cat([score(network, [row], sampling, 1024).log_probs_M for row in rows])
+    allowed = TOLERANCE.get(network.model.dtype, TOLERANCE[torch.bfloat16])
+    try:
+        apart = float((score(network, rows, sampling, 1024, 1024).log_probs_M - alone).abs().max())
+        why = "" if apart <= allowed else f"{apart:.1e} apart"
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        why = " ".join(str(error).split())[:200]
+    if why:
+        raise MMRLError(
+            f"policy.pack_tokens: {checkpoint} reads conversations that stand end to end otherwise than alone ({why}); omit it"
+        )
 
 
 # -- trials ------------------------------------------------------------------------------------------------------------
@@ -228,6 +248,13 @@ def _padding(name: str, policy: Talker) -> Check:
     return _close(name, policy, together, worse, "padded behind, in front, and alone")
 
 
+def _packing(name: str, policy: Talker) -> Check:
+    rows, _ = _converse(policy)
+    tokens = sum(len(piece) for pieces in rows for piece in pieces)
+    alone = torch.cat([_scores(policy, [pieces]) for pieces in rows])
+    return _close(name, policy, _scores(policy, rows, tokens), alone, f"{len(rows)} end to end, {tokens} tokens, and alone")
+
+
 def _log_probs(name: str, policy: Talker) -> Check:
     rows, log_probs = _converse(policy)
     acted = torch.cat([part for row in log_probs for part in row])
@@ -270,6 +297,7 @@ _TRIALS: dict[str, Callable[[str, Talker], Check]] = {
     "truncation": _truncation,
     "position ids": _positions,
     "padding": _padding,
+    "packing": _packing,
     "log-probs of turns": _log_probs,
     "log-probs of the model": _model,
     "kept keys and values": _kept,

@@ -10,16 +10,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import Cache
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmrl.messages import Picture
-from policies.chat_parts.pieces import Rows, Seen
+from policies.chat_parts.pieces import Line, Rows, Seen
 
 LONGEST = 200  # qwen-vl-utils' MAX_RATIO
 
 
 class Network:
-    """A model that reads words alone; subclasses see. ``axes``: of its positions. ``processor``: what cuts pictures."""
+    """A model that reads words alone; subclasses see. ``axes``: of its positions. ``processor``: what cuts pictures.
+
+    branches: whether stretches of a line may continue others, which takes a mask of each token's own; flash attention knows none.
+    """
 
     axes = 1
     processor: Any = None
@@ -29,7 +33,9 @@ class Network:
         self._reader = model.get_decoder()  # what reads words, without the eyes
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-        self._takes_masks = config._attn_implementation == "sdpa" and kinds == {"full_attention"}
+        attention, full = config._attn_implementation, kinds == {"full_attention"}
+        self._takes_masks = full and attention == "sdpa"
+        self.branches = full and attention in ("sdpa", "eager")
 
     @property
     def device(self) -> torch.device:
@@ -63,8 +69,44 @@ class Network:
         )
         return output.last_hidden_state
 
+    def hidden_of_line(self, line: Line) -> Tensor:
+        """Last hidden states [T, W] of conversations that stand end to end; none of them sees another.
+
+        transformers finds where they begin: given no mask and no cache, it takes a place that does not follow the one before it
+        for the first of another sequence (its find_packed_sequence_indices; prepare_fa_kwargs_from_position_ids for flash).
+        """
+        sights = self.sights(line.pictures)
+        output = (self.model.base_model if sights else self._reader)(
+            input_ids=line.ids_T[None],
+            attention_mask=self._mask(line) if line.branches else None,
+            position_ids=self._line_positions(line),
+            use_cache=False,
+            **sights,
+        )
+        return output.last_hidden_state[0]
+
+    def _mask(self, line: Line) -> Any:
+        """What each token of the line may see, as the model's attention takes it: its own stretch and the one that continues."""
+        assert self.branches
+
+        def sees(_batch: Any, _head: Any, query: Any, key: Any) -> Any:
+            stretch_T, before_T = line.stretch_T, line.before_T
+            return (stretch_T[key] == stretch_T[query]) | (stretch_T[key] == before_T[query])
+
+        like = torch.empty(1, len(line.ids_T), 0, dtype=self.model.dtype, device=self.device)
+        return create_causal_mask(
+            self.model.config.get_text_config(),
+            inputs_embeds=like,
+            attention_mask=None,
+            past_key_values=None,
+            and_mask_function=sees,
+        )
+
     def _positions(self, positions_ANL: Tensor) -> Tensor:
         return positions_ANL[0]
+
+    def _line_positions(self, line: Line) -> Tensor:
+        return line.positions_AT
 
     def sights(self, pictures: Sequence[Seen]) -> dict[str, Any]:
         """Arguments of the model's forward pass that carry the pictures."""
@@ -93,6 +135,10 @@ class QwenNetwork(Network):
 
     def _positions(self, positions_ANL: Tensor) -> Tensor:
         return positions_ANL
+
+    def _line_positions(self, line: Line) -> Tensor:
+        """Places, by which the model knows where conversations begin, then time, height and width: [4, 1, T]."""
+        return torch.cat([line.places_T[None], line.positions_AT])[:, None]
 
     def see(self, picture: Picture) -> Seen:
         processor, image = self.processor, _less_long(picture.image)

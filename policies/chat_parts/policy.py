@@ -29,12 +29,12 @@ from mmrl.messages import Message
 from mmrl.numerics.draws import Draws
 from mmrl.protocols import Check
 from mmrl.types import Decision, Evaluation, Loss, Observation, Packing, Rollout, Talks, Trace
-from policies.chat_parts.checks import checks
+from policies.chat_parts.checks import checks, refuse_unpackable
 from policies.chat_parts.ears import Ears, SpanWeight
 from policies.chat_parts.engine import Engine, Generated, LocalEngine, Request, Sampling
 from policies.chat_parts.network import Network
 from policies.chat_parts.pieces import Heard, Piece, Said
-from policies.chat_parts.scoring import score
+from policies.chat_parts.scoring import Scores, score
 from policies.shared.adapters import LoraOptions, add_adapters, merged
 from policies.shared.checkpoints import load_heads, load_tokenizer, save_heads
 from policies.shared.heads import CriticHead
@@ -92,6 +92,9 @@ class ChatConfig:
     """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     score_chunk: int = Field(default=1024, ge=1)
     """Positions whose logits over the vocabulary exist at a time when tokens are scored."""
+    pack_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a line, in which conversations are scored end to end without padding, and none sees another; a longer one has a
+    line to itself. null: those of about the same length side by side, padded. policies/README.md says which pays when."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """transformers' attention implementation."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -130,6 +133,7 @@ class ChatPolicy(nn.Module, ABC):
             raise MMRLError(f"policy.checkpoint = {config.checkpoint}: its output head has a bias, which is not supported")
         if config.checkpointing:
             self.model.gradient_checkpointing_enable()
+        self.model.to(device)
         self.network = self._network()
         spans = [SpanWeight(_compiled(span.pattern), span.weight) for span in config.spans]
         self.ears = Ears(
@@ -139,6 +143,9 @@ class ChatPolicy(nn.Module, ABC):
         self.to(device)
         self.engine = self._engine()
         self.rescores = self.engine.rescores
+        if config.pack_tokens is not None:
+            with self.compute_mode(train=False):
+                refuse_unpackable(self.network, config.checkpoint)
 
     # -- what a family says --------------------------------------------------------------------------------------------
 
@@ -354,11 +361,14 @@ class ChatPolicy(nn.Module, ABC):
     def _hidden(self, heard: Iterable[tuple[Piece, ...]]) -> Tensor:
         """The hidden state in which each conversation's next turn begins: [B, W]."""
         rows = [(*pieces, _NOTHING) for pieces in heard]
-        scores = score(self.network, rows, self.engine.sampling, self.config.score_chunk)
+        scores = self._scores(rows, self.engine.sampling)
         last_B = torch.tensor([sum(isinstance(piece, Said) for piece in row) for row in rows]).cumsum(0) - 1
         return scores.turns[last_B.to(self.device)]
 
     # -- scoring again -------------------------------------------------------------------------------------------------
+
+    def _scores(self, rows: Sequence[Sequence[Piece]], sampling: Sampling) -> Scores:
+        return score(self.network, rows, sampling, self.config.score_chunk, self.config.pack_tokens)
 
     def pack(self, rollout: Rollout) -> Packing:
         return rollout.by_episode()
@@ -371,7 +381,7 @@ class ChatPolicy(nn.Module, ABC):
             _said_rows(pieces, said, counts)
             for pieces, said, counts in zip(heard.tolist(), said_NJK.cpu(), count_NJ.tolist(), strict=True)
         ]
-        scores = score(self.network, rows, self.engine.sampling, self.config.score_chunk)
+        scores = self._scores(rows, self.engine.sampling)
         there = (torch.arange(said_NJK.shape[2], device=self.device) < count_NJ.to(self.device)[..., None]).flatten(1)
 
         def spread(x_M: Tensor) -> Tensor:
@@ -393,7 +403,7 @@ class ChatPolicy(nn.Module, ABC):
     def supervised_loss(self, examples: Talks, generator: torch.Generator) -> Loss:
         """Cross entropy of what the assistant says, the end of its turns included, weighted by ``spans``."""
         rows = [self._study(talk) for talk in examples.conversations]
-        scores = score(self.network, rows, self._sampling(1.0), self.config.score_chunk)
+        scores = self._scores(rows, self._sampling(1.0))
         weight_M = torch.cat([weights for row in rows for weights in _weights(row)]).to(self.device)
         value = -(scores.log_probs_M * weight_M).sum() / weight_M.sum().clamp(min=1e-12)
         likely = (scores.log_probs_M.detach().exp() * weight_M).sum() / weight_M.sum().clamp(min=1e-12)

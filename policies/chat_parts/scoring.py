@@ -1,12 +1,16 @@
 """Scoring whole conversations again: every token that the model said is scored where it was said, all turns in one pass.
 
-What many conversations of a pass begin with, as a group does with its question, is read once, in a pass of its own; the others
-continue from its keys and values, through which gradients reach it.
+In a pass they stand side by side, those of about the same length together and padded, or packed: end to end in a line, without
+padding, where none sees another. What many of a pass begin with, as a group does with its question, is read once. Side by side
+that takes a pass of its own, and the others continue from its keys and values, through which gradients reach it; in a line they
+stand behind it and see it, by a mask. Flash attention takes no such mask: where what is shared is a good part of all,
+conversations then stand side by side after all, and elsewhere each has its own copy in the line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -18,7 +22,7 @@ from transformers import DynamicCache
 from mmrl.numerics.tokens import head_log_probs
 from policies.chat_parts.engine import Sampling
 from policies.chat_parts.network import Network
-from policies.chat_parts.pieces import Piece, Said, lay_out
+from policies.chat_parts.pieces import Piece, Said, Stretch, lay_out, line_up
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,18 @@ class Scores:
     turns: Tensor
 
 
-def score(network: Network, rows: Sequence[Sequence[Piece]], sampling: Sampling, chunk: int) -> Scores:
+def score(network: Network, rows: Sequence[Sequence[Piece]], sampling: Sampling, chunk: int, pack: int | None = None) -> Scores:
     """Score N conversations, each of pieces heard and said in turns, with gradients; ``chunk``: see head_log_probs.
 
-    A conversation begins with a piece that was heard. Those of about the same length share a pass, so that little is padding.
+    A conversation begins with a piece that was heard. pack: tokens of a line at most; None: side by side.
     """
     if not rows:
         raise ValueError("there is nothing to score")
-    passes = [(batch, _pass(network, [rows[n] for n in batch], sampling, chunk)) for batch in similar([*map(_length, rows)])]
+    if pack is not None and (network.branches or not _worth_it(network, rows)):
+        batches, read = filled(rows, pack, share=network.branches), _end_to_end
+    else:
+        batches, read = similar([*map(_length, rows)]), _side_by_side
+    passes = [(batch, _pass(network, [rows[n] for n in batch], sampling, chunk, read)) for batch in batches]
     order = [n for batch, _ in passes for n in batch]
     tokens, turns = [_said(rows[n]) for n in order], [sum(isinstance(piece, Said) for piece in rows[n]) for n in order]
     token_M, turn_M = (_back(order, counts).to(network.device) for counts in (tokens, turns))
@@ -62,6 +70,28 @@ def similar(lengths: Sequence[int], most: float = 0.25) -> list[list[int]]:
     return batches
 
 
+def filled(rows: Sequence[Sequence[Piece]], room: int, *, share: bool) -> list[list[int]]:
+    """All rows, in lines of at most ``room`` tokens: the longest first, each where least room is left; a longer one alone.
+
+    share: those that begin with the same piece follow one another, and where they meet in a line this is counted once.
+    """
+    lengths, kinds, totals = [*map(_length, rows)], [row[0] if share else n for n, row in enumerate(rows)], Counter[Any]()
+    for kind, length in zip(kinds, lengths, strict=True):
+        totals[kind] += length
+    lines: list[list[int]] = []
+    left: list[int] = []
+    for n in sorted(range(len(rows)), key=lambda n: (-totals[kinds[n]], kinds.index(kinds[n]), -lengths[n])):
+        costs = [lengths[n] - len(rows[n][0]) * any(kinds[m] == kinds[n] for m in line) for line in lines]
+        fits = [(cost, left[k] - cost, k) for k, cost in enumerate(costs) if cost <= left[k]]
+        if not fits:
+            lines.append([])
+            left.append(room)
+        cost, _, k = min(fits, default=(lengths[n], 0, len(lines) - 1))
+        left[k] -= cost
+        lines[k].append(n)
+    return lines
+
+
 def _length(pieces: Sequence[Piece]) -> int:
     return sum(map(len, pieces))
 
@@ -77,9 +107,8 @@ def _back(order: Sequence[int], counts: Sequence[int]) -> Tensor:
     return torch.cat([places[row] for row in range(len(order))])
 
 
-def _pass(network: Network, rows: Sequence[Sequence[Piece]], sampling: Sampling, chunk: int) -> Scores:
-    """Conversations side by side."""
-    hidden_FW, begins = (_read_once if _worth_it(network, rows) else _read)(network, rows)
+def _pass(network: Network, rows: Sequence[Sequence[Piece]], sampling: Sampling, chunk: int, read: _Reader) -> Scores:
+    hidden_FW, begins = read(network, rows)
     before_M, turns, ids_M = (part.to(network.device) for part in _places(rows, begins))
     log_probs_M, entropy_M = head_log_probs(
         hidden_FW[before_M],
@@ -93,6 +122,39 @@ def _pass(network: Network, rows: Sequence[Sequence[Piece]], sampling: Sampling,
 
 
 # -- reading: hidden states of all tokens [F, W], and of each row the places in them where its pieces begin --------------------
+
+
+_Reader = Callable[[Network, Sequence[Sequence[Piece]]], tuple[Tensor, list[list[int]]]]
+
+
+def _end_to_end(network: Network, rows: Sequence[Sequence[Piece]]) -> tuple[Tensor, list[list[int]]]:
+    """One pass over a line: what several rows begin with, followed by how each of them goes on; then the next."""
+    stretches: list[Stretch] = []
+    begins: list[list[int]] = [[] for _ in rows]
+    at = 0
+    for members in _beginning_alike(rows) if network.branches else [[n] for n in range(len(rows))]:
+        shared, before = (rows[members[0]][:1], [at]) if len(members) > 1 else ((), [])
+        after = len(stretches) if shared else None
+        if shared:
+            stretches.append(Stretch(shared))
+            at += _length(shared)
+        for n in members:
+            pieces = rows[n][len(shared) :]
+            stretches.append(Stretch(pieces, after))
+            begins[n] = [*before, *_begins(pieces, at)]
+            at += _length(pieces)
+    return network.hidden_of_line(line_up(stretches, network.axes, network.device)), begins
+
+
+def _beginning_alike(rows: Sequence[Sequence[Piece]]) -> list[list[int]]:
+    groups: dict[Piece, list[int]] = {}
+    for n, row in enumerate(rows):
+        groups.setdefault(row[0], []).append(n)
+    return list(groups.values())
+
+
+def _side_by_side(network: Network, rows: Sequence[Sequence[Piece]]) -> tuple[Tensor, list[list[int]]]:
+    return (_read_once if _worth_it(network, rows) else _read)(network, rows)
 
 
 def _read(network: Network, rows: Sequence[Sequence[Piece]]) -> tuple[Tensor, list[list[int]]]:

@@ -89,6 +89,16 @@ def test_every_stage_learns_and_says_what_happened(whole: Path) -> None:
     }
 
 
+def test_imitation_and_rewards_also_learn_from_lines(config: Path, whole: Path) -> None:
+    """The first step of imitation is that of conversations side by side; what acting said is what lines say."""
+    packed = tiny_run.run(config, "packed", "policy.pack_tokens=4096", "stages.improve.micro_batch=null")
+    ours, theirs = ([row for row in tiny_run.rows(run) if row["kind"] == "train"] for run in (packed, whole))
+    for name in ("loss/loss", "update/grad_norm"):
+        assert ours[0][name] == pytest.approx(theirs[0][name], rel=1e-4) and ours[0][name] != 0
+    for row in ours[2:]:
+        assert row["policy/log_prob_mismatch_max"] < 1e-4 and row["update/grad_norm"] > 0
+
+
 @pytest.mark.parametrize("number", [1, 3, 4])
 def test_a_resumed_run_is_the_unbroken_run(config: Path, whole: Path, number: int) -> None:
     """From the checkpoint in the middle of either stage, and from the one between them."""

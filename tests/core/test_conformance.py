@@ -24,6 +24,7 @@ TALKING = (
     "truncation",
     "position ids",
     "padding",
+    "packing",
     "log-probs of turns",
     "log-probs of the model",
     "kept keys and values",

@@ -9,6 +9,8 @@ _LIKELIHOOD, _PIECES = "tests/policies/test_qwen_vl_likelihood.py", "tests/polic
 _TRAINING, _TEXT = "tests/policies/test_qwen_vl_training.py", "tests/policies/test_language_model.py"
 _PLAIN = f"{_LIKELIHOOD}::test_what_is_said_has_the_log_probs_of_transformers_own_model"
 _KEPT = f"{_LIKELIHOOD}::test_keys_and_values_of_earlier_turns_change_nothing"
+_PACKED = "tests/policies/test_chat_packed.py"
+_LINE = f"{_PACKED}::test_a_line_has_the_numbers_of_each_conversation_alone"
 _SCORED = f"{_LIKELIHOOD}::test_scoring_whole_conversations_gives_the_numbers_of_acting"
 
 CHAT: tuple[Row, ...] = (
@@ -207,6 +209,97 @@ CHAT: tuple[Row, ...] = (
         "            quantizer.remove_quantization_config(model)  # the weights are plain, and are saved so\n",
         "",
         f"{_TEXT}::test_a_gguf_file_is_read_and_what_is_saved_is_not_one",
+    ),
+    (
+        "packing: conversations see those before them",
+        f"{_PARTS}/network.py",
+        "attention_mask=self._mask(line) if line.branches else None,",
+        "attention_mask=self._mask(line) if line.branches else torch.ones_like(line.ids_T)[None],",
+        f"{_LINE}[llama-apart]",
+    ),
+    (
+        "packing: what goes on from a question sees its sisters",
+        f"{_PARTS}/network.py",
+        "(stretch_T[key] == before_T[query])",
+        "(before_T[key] == before_T[query])",
+        f"{_LINE}[llama-in_groups]",
+    ),
+    (
+        "packing: what goes on from a question does not see it",
+        f"{_PARTS}/network.py",
+        " | (stretch_T[key] == before_T[query])",
+        "",
+        f"{_LINE}[llama-in_groups]",
+    ),
+    (
+        "packing: places do not begin again",
+        f"{_PARTS}/pieces.py",
+        "torch.cat([torch.arange(part.shape[1]) for part in positions]).to(device)",
+        "torch.arange(int(lengths_S.sum())).to(device)",
+        f"{_LINE}[qwen2_5_vl-apart]",
+    ),
+    (
+        "packing: positions do not begin again",
+        f"{_PARTS}/pieces.py",
+        "0 if stretch.after is None else ends[stretch.after], axes)",
+        "ends[-1] if ends else 0, axes)",
+        f"{_PACKED}::test_positions_are_those_that_tokens_have_alone",
+    ),
+    (
+        "packing: places are kept from the model that sees",
+        f"{_PARTS}/network.py",
+        "torch.cat([line.places_T[None], line.positions_AT])[:, None]",
+        "line.positions_AT[:, None]",
+        f"{_LINE}[qwen3_vl-apart]",
+    ),
+    (
+        "packing: pictures in another order",
+        f"{_PARTS}/pieces.py",
+        "_pictures([stretch.pieces for stretch in stretches])",
+        "_pictures([stretch.pieces for stretch in stretches[::-1]])",
+        f"{_LINE}[qwen2_5_vl-apart]",
+    ),
+    (
+        "packing: what is shared is read with each",
+        f"{_PARTS}/scoring.py",
+        "_beginning_alike(rows) if network.branches else [[n] for n in range(len(rows))]",
+        "[[n] for n in range(len(rows))]",
+        f"{_LINE}[llama-in_groups]",
+    ),
+    (
+        "packing: lines longer than they may be",
+        f"{_PARTS}/scoring.py",
+        "if cost <= left[k]]",
+        "if cost <= left[k] + 9]",
+        f"{_PACKED}::test_lines_are_filled_where_least_is_left",
+    ),
+    (
+        "packing: what is shared is counted for each",
+        f"{_PARTS}/scoring.py",
+        "- len(rows[n][0]) * any(",
+        "- 0 * any(",
+        f"{_PACKED}::test_what_is_shared_is_counted_once_in_a_line",
+    ),
+    (
+        "packing: flash attention is given what it cannot mask",
+        f"{_PARTS}/network.py",
+        'self.branches = full and attention in ("sdpa", "eager")',
+        "self.branches = full",
+        f"{_PACKED}::test_flash_attention_is_told_where_conversations_begin[llama]",
+    ),
+    (
+        "packing: the option is not heard",
+        _POLICY,
+        "self.config.score_chunk, self.config.pack_tokens)",
+        "self.config.score_chunk)",
+        f"{_PACKED}::test_a_policy_that_packs_learns_the_same[llama]",
+    ),
+    (
+        "packing: a model that cannot is taken",
+        _POLICY,
+        "                refuse_unpackable(self.network, config.checkpoint)",
+        "                pass",
+        f"{_PACKED}::test_a_model_that_cannot_is_refused",
     ),
     (
         "conformance: drift is not looked at",
