@@ -1,7 +1,7 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL as policies: vision-language models that talk, look at pictures and call tools.
 
-Any of these models as transformers loads it; a conversation is given with its pictures, which the model's own image processor
-sizes (by the rule of qwen-vl-utils: both sides multiples of a merged patch, the area between two limits).
+Any of these models as transformers loads it; a conversation is given with its pictures, which qwen-vl-utils sizes (both sides
+multiples of a merged patch, the area between two limits) and the model's own image processor cuts.
 
 Departures from transformers' ``generate``: nothing but temperature shapes the distribution (no top-k, top-p or repetition
 penalty, whatever generation_config.json says), so that what is drawn is what is scored; tokens that stand for pictures are never
@@ -19,8 +19,8 @@ from pydantic.dataclasses import dataclass
 from transformers import AutoImageProcessor
 
 from mmrl.errors import MMRLError
-from policies.chat_parts.network import QwenNetwork
 from policies.chat_parts.policy import STRICT, ChatConfig, ChatPolicy
+from policies.chat_parts.qwen import QwenNetwork
 from policies.shared.checkpoints import first_line
 from policies.shared.vision_language import load_model
 

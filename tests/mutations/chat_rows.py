@@ -16,21 +16,21 @@ _SCORED = f"{_LIKELIHOOD}::test_scoring_whole_conversations_gives_the_numbers_of
 CHAT: tuple[Row, ...] = (
     (
         "chat: positions go on one too early after a picture",
-        f"{_PARTS}/network.py",
+        f"{_PARTS}/qwen.py",
         "return torch.stack(grids).flatten(1), max(h, w)",
         "return torch.stack(grids).flatten(1), max(h, w) - 1",
         _PLAIN,
     ),
     (
         "chat: a picture's height and width change places",
-        f"{_PARTS}/network.py",
+        f"{_PARTS}/qwen.py",
         "return torch.stack(grids).flatten(1), max(h, w)",
         "return torch.stack(grids).flatten(1)[[0, 2, 1]], max(h, w)",
         _PLAIN,
     ),
     (
         "chat: pictures in the order in which they were encoded",
-        f"{_PARTS}/network.py",
+        f"{_PARTS}/qwen.py",
         "order = [places[seen] for seen in pictures]",
         "order = sorted(places[seen] for seen in pictures)",
         f"{_LIKELIHOOD}::test_entropies_and_gradients_are_a_naive_loop_s {_SCORED}",
@@ -191,10 +191,24 @@ CHAT: tuple[Row, ...] = (
     ),
     (
         "chat: thin pictures are sized by transformers' rule",
-        f"{_PARTS}/network.py",
-        "rows, columns = (max(factor, round(side / factor) * factor) for side in (height, width))\n    if rows",
-        "rows, columns = (round(side / factor) * factor for side in (height, width))\n    if rows",
+        f"{_PARTS}/qwen.py",
+        "import MAX_RATIO, smart_resize\n",
+        "import MAX_RATIO\nfrom transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize\n",
         f"{_PIECES}::test_pictures_are_sized_by_the_rule_of_qwen_vl_utils",
+    ),
+    (
+        "chat: a thin picture has no height",
+        f"{_PARTS}/qwen.py",
+        "return max(factor, rows), max(factor, columns)",
+        "return rows, columns",
+        f"{_PIECES}::test_pictures_are_sized_by_the_rule_of_qwen_vl_utils",
+    ),
+    (
+        "chat: a picture that is too long for the rule stays so",
+        f"{_PARTS}/qwen.py",
+        "processor, image = self.processor, _less_long(picture.image)",
+        "processor, image = self.processor, picture.image",
+        f"{_PIECES}::test_tokens_of_pictures_are_as_many_as_the_model_makes",
     ),
     (
         "chat: layers drop out where activations are computed again",

@@ -6,6 +6,7 @@ Row = tuple[str, str, str, str, str]
 
 _ENGINE, _RUNNING = "policies/vllm_engine.py", "policies/vllm_parts/running.py"
 _TESTS = "tests/policies/test_vllm_engine.py"
+_FAMILIES = "tests/policies/test_vllm_families.py"
 _NOTICED = f"{_TESTS}::test_weights_that_change_in_silence_are_noticed"
 
 VLLM: tuple[Row, ...] = (
@@ -64,6 +65,20 @@ VLLM: tuple[Row, ...] = (
         "None, self._holds[0])",
         "None, 3)",
         f"{_TESTS}::test_new_weights_are_taken_in_place",
+    ),
+    (
+        "vllm: a picture is put where the one before it stands",
+        _RUNNING,
+        "            at += seen.tokens\n",
+        "",
+        f"{_FAMILIES}::test_vllm_is_told_where_each_picture_stands[qwen3_vl]",
+    ),
+    (
+        "vllm: the canary sees no picture",
+        _ENGINE,
+        "        if self.network.processor is None:\n",
+        "        if True:\n",
+        f"{_FAMILIES}::test_the_canary_hears_of_every_part[qwen3_vl]",
     ),
     (
         "vllm: the canary does not compare",

@@ -245,7 +245,7 @@ def test_tokens_of_pictures_are_as_many_as_the_model_makes(build: Callable[..., 
 
 
 def smart_resize(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
-    """qwen-vl-utils' rule, written again (the package itself needs torchvision)."""
+    """qwen-vl-utils' rule, written again as the oracle, and with a side of at least ``factor``."""
     h_bar = max(factor, round(height / factor) * factor)
     w_bar = max(factor, round(width / factor) * factor)
     if h_bar * w_bar > most:

@@ -18,17 +18,15 @@ from mmrl.numerics.draws import Draws
 from mmrl.registry import ROOT
 from mmrl.types import Conversation
 from policies.chat_parts.engine import Request
-from policies.chat_parts.policy import ChatPolicy, CriticOptions
-from policies.chat_parts.scoring import score
+from policies.chat_parts.policy import CriticOptions
 from policies.qwen_vl import QwenVL
 from policies.shared.adapters import LoraOptions
 from tests.core import tiny_run
 from tests.policies import chat_play, tiny_chat
-from tests.policies.chat_play import END, Played, play
+from tests.policies.chat_play import END, play
+from tests.policies.vllm_play import TALKS, VLLM, change, gap, ids_of
 
 ARCHITECTURE = ROOT / "assets" / "tiny_qwen_vl_architecture"
-VLLM = {"target": "policies.vllm_engine:VllmEngine", "cpu_memory_gib": 0.05, "concurrent": 64}
-TALKS = [tiny_chat.opening(seed, seed % 3) for seed in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -77,28 +75,6 @@ def test_what_does_not_bear_to_be_looked_at_is_out_of_sight(vllm_engine: Any, ki
     kept = vars(module)["trap"] is trap
     del trap, module  # pytest looks at a test's names where it fails
     assert kept
-
-
-@torch.no_grad()
-def gap(policy: ChatPolicy, played: Played) -> float:
-    """How far the log-probabilities of acting are from the policy's own, for the token for which that is farthest."""
-    worst = 0.0
-    for b, row in enumerate(played.rows()):
-        own = score(policy.network, [row], policy.engine.sampling, 64).log_probs_M
-        worst = max(worst, float((own - played.log_probs(b)).abs().max()))
-    return worst
-
-
-def ids_of(played: Played) -> list[list[tuple[int, ...]]]:
-    return [[message.token_ids for message in decision.action.tolist()] for decision in played.decisions]
-
-
-def change(policy: Any, pattern: str = "", size: float = 0.05) -> None:
-    """Other weights, of which nobody is told."""
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if pattern in name:
-                parameter.add_(size * torch.randn(parameter.shape))
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

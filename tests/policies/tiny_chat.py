@@ -67,11 +67,16 @@ def tokenizer(template: str, pieces: int = 300) -> PreTrainedTokenizerFast:
     return made
 
 
-def write(folder: Path, family: str = "qwen2_5_vl", template: str = "any_role", seed: int = 0, rows: int = 0) -> Path:
-    """A random model of ``family`` whose weights are large enough that attention matters; ``rows`` more than it has tokens."""
+def write(
+    folder: Path, family: str = "qwen2_5_vl", template: str = "any_role", seed: int = 0, rows: int = 0, head: int = 24
+) -> Path:
+    """A random model of ``family`` whose weights are large enough that attention matters.
+
+    rows: that its embedding has more than there are tokens. head: width of its two heads, half of its own.
+    """
     words = tokenizer(template)
     torch.manual_seed(seed)
-    model = _MODELS[family](words, len(words) + rows)
+    model = _MODELS[family](words, _text(words, len(words) + rows, head))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.6 if "embed" in name else 1.2 / parameter[0].numel() ** 0.5)
@@ -83,18 +88,23 @@ def write(folder: Path, family: str = "qwen2_5_vl", template: str = "any_role", 
     return folder
 
 
-def _text(words: Any, rows: int) -> dict[str, Any]:
+def _text(words: Any, rows: int, head: int) -> dict[str, Any]:
+    section = head // 6  # of a head's angles, those for height, and for width
     return {
         "vocab_size": rows,
-        "hidden_size": 48,
+        "hidden_size": 2 * head,
         "intermediate_size": 96,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "head_dim": 24,
+        "head_dim": head,
         "pad_token_id": 0,
         "eos_token_id": words.eos_token_id,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 4]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [head // 2 - 2 * section, section, section],
+        },
         "tie_word_embeddings": True,
     }
 
@@ -105,30 +115,42 @@ def _ids(words: Any) -> dict[str, int]:
     return {f"{name}_token_id": words.convert_tokens_to_ids(token) for name, token in zip(names, tokens, strict=True)}
 
 
-def _qwen2_5(words: Any, rows: int) -> Any:
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8, "out_hidden_size": 48}
+def _qwen2_5(words: Any, text: dict[str, Any]) -> Any:
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": 8,
+        "out_hidden_size": text["hidden_size"],
+    }
     vision |= {"window_size": 32, "fullatt_block_indexes": [1]}
-    config = Qwen2_5_VLConfig(text_config=_text(words, rows), vision_config=vision, tie_word_embeddings=True, **_ids(words))
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **_ids(words))
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _qwen2(words: Any, rows: int) -> Any:
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2}
-    config = Qwen2VLConfig(text_config=_text(words, rows), vision_config=vision, tie_word_embeddings=True, **_ids(words))
+def _qwen2(words: Any, text: dict[str, Any]) -> Any:
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": text["hidden_size"], "num_heads": 2, "patch_size": 8, "mlp_ratio": 2}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **_ids(words))
     return Qwen2VLForConditionalGeneration(config)
 
 
-def _qwen3(words: Any, rows: int) -> Any:
-    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8, "out_hidden_size": 48}
+def _qwen3(words: Any, text: dict[str, Any]) -> Any:
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": 8,
+        "out_hidden_size": text["hidden_size"],
+    }
     vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
-    text = _text(words, rows)
     text["rope_parameters"]["mrope_interleaved"] = True
     config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **_ids(words))
     return Qwen3VLForConditionalGeneration(config)
 
 
-def _llama(words: Any, rows: int) -> Any:
-    text = _text(words, rows)
+def _llama(words: Any, text: dict[str, Any]) -> Any:
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     return LlamaForCausalLM(LlamaConfig(**text))
 
