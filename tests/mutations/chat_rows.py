@@ -261,7 +261,7 @@ CHAT: tuple[Row, ...] = (
     ),
     (
         "packing: places are kept from the model that sees",
-        f"{_PARTS}/network.py",
+        f"{_PARTS}/qwen.py",
         "torch.cat([line.places_T[None], line.positions_AT])[:, None]",
         "line.positions_AT[:, None]",
         f"{_LINE}[qwen3_vl-apart]",
