@@ -191,4 +191,11 @@ TOKEN_VLA: tuple[Row, ...] = (
         "if True else head.out_features\n        if not",
         f"{_CHECKPOINT}::test_the_vocabulary_may_end_with_the_tokenizer_or_with_the_head",
     ),
+    (
+        "words of the base that ships are mixed up",
+        "assets/make_tiny_paligemma.py",
+        "[known[word] for word in shared]",
+        "[own[word] for word in shared]",
+        f"{_UPSTREAM}::test_the_paligemma_that_ships_sees_and_reads_as_tiny_pi0_does",
+    ),
 )

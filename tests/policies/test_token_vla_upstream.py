@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoImageProcessor,
@@ -22,8 +23,10 @@ from transformers import (
     Qwen2_5_VLProcessor,
 )
 
+from assets import make_tiny_paligemma
 from assets.make_tiny_token_vla import build_tokenizer
 from mmrl.types import Observation
+from policies.pi0 import Pi0
 from policies.shared.checkpoints import STATISTICS_FILE
 from policies.token_vla import TokenVLA
 from policies.token_vla_parts import eyes
@@ -292,3 +295,24 @@ def test_a_model_without_a_family_is_shown_what_its_own_processor_makes(tmp_path
     again = TokenVLA(config, device=tiny.CPU).act(seen, tiny.draws(1, 3), explore=True)
     assert torch.equal(again.action, decision.action)
     close(again.log_probs_BK, decision.log_probs_BK)
+
+
+def test_the_paligemma_that_ships_sees_and_reads_as_tiny_pi0_does(tmp_path: Path) -> None:
+    """The same values in every layer for the same prompt, which is written in another tokenizer's ids."""
+    made = load_file(make_tiny_paligemma.write(tmp_path) / "model.safetensors")
+    close(made, load_file(make_tiny_paligemma.ASSETS / "tiny_paligemma" / "model.safetensors"))
+    generator = torch.Generator().manual_seed(0)
+    pixels_BHWC = torch.randint(0, 256, (2, 64, 64, 3), generator=generator, dtype=torch.uint8)
+    seen = Observation({"front": pixels_BHWC}, torch.zeros(2, 4), ("reach the red cube", "move the gripper to the cyan disc"))
+    shared: dict[str, Any] = {"max_text_tokens": 12, "attention": "eager"}
+    taught = Pi0(Pi0.Config(checkpoint=str(make_tiny_paligemma.TAUGHT), sampler="ode", **shared), device=tiny.CPU)
+    options = TokenVLA.Config(checkpoint=str(tmp_path), prompt="{instruction}", action_dim=4, **shared)
+    policy = TokenVLA(options, device=tiny.CPU)
+    theirs, ours = taught._encode(taught._inputs(seen)), policy._backbone.encode(policy._inputs(seen))
+    present_BS = ours.mask.bool()
+    assert torch.equal(present_BS, theirs.mask.bool())
+    for layer, values_BKSD in enumerate(theirs.values.unbind(1)):
+        mine_BKSD = ours.cache.layers[layer].values
+        torch.testing.assert_close(
+            mine_BKSD.transpose(1, 2)[present_BS], values_BKSD.transpose(1, 2)[present_BS], rtol=1e-4, atol=1e-4
+        )
