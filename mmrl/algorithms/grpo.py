@@ -142,9 +142,7 @@ class GRPO:
         advantages_TB, metrics = self._credit(rollout, episodes)
         units_TBK = self._units(rollout, advantages_TB, penalty_TBK, keep_TB)
         punished = {} if config.overlong is None else {"episodes_overlong": float((overlong_B < 0).float().mean())}
-        return Advantages(
-            advantages_TB, torch.zeros_like(rollout.rewards_TB), keep_TB, {**groups.metrics(), **metrics, **punished}, units_TBK
-        )
+        return Advantages(advantages_TB, None, keep_TB, {**groups.metrics(), **metrics, **punished}, units_TBK)
 
     def loss(self, policy: LikelihoodPolicy, batch: Batch, context: LossContext) -> Loss:
         return policy_loss(self.config, policy.evaluate(batch.trace), batch, context)
