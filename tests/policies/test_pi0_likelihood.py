@@ -298,7 +298,7 @@ CriticInputs = tuple[Literal["prefix", "state_token", "suffix"], ...]
 def values_of(policy: Pi0, seed: int) -> Tensor:
     values = policy.act(tiny.observation(5), tiny.draws(seed), explore=True).values_BV
     assert values is not None
-    return values
+    return values[:, 0]
 
 
 @pytest.mark.parametrize("stochastic_steps", ["one", "all"])
