@@ -105,7 +105,7 @@ ADVANTAGES = _numerics(
     ("a unit is followed by itself", "torch.cat([values_LB[1:], torch.zeros_like(values_LB[:1])])", "values_LB",
      "test_gae_of_units_by_hand"),
     ("units that are not there take a step", "(~there_SB).to(torch.uint8)", "torch.zeros_like(there_SB, dtype=torch.uint8)",
-     "test_gae_of_units_by_hand"),
+     "test_gae_of_units_is_its_definition"),
     ("what units earn themselves is lost", "(0 if earned_TBV is None else steps(earned_TBV))", "0",
      "test_gae_of_units_is_its_definition"),
     ("biased group std", "rewards_PG.std(dim=1, keepdim=True)", "rewards_PG.std(dim=1, keepdim=True, unbiased=False)",
