@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from mmrl import component
 from mmrl.algorithms.grpo import GRPO
 from mmrl.columns import Column
-from mmrl.messages import Message
+from mmrl.messages import Message, Picture
 from mmrl.numerics.draws import Draws
 from mmrl.rollout import Collector
 from mmrl.transcripts import Transcript
@@ -34,13 +35,21 @@ def page(letter: str) -> str:
     return f"This is page {letter}."
 
 
+def paint(colour: str) -> Picture:
+    """Paint a square.
+
+    colour: of it
+    """
+    return Picture(Image.new("RGB", (8, 8), colour))
+
+
 X, Y, Z = (call("page", letter=letter) for letter in "xyz")
 
 
 def states(*scripts: list[str], task: int = 3, picture: bool = False) -> list[list[int]]:
     """The keys before the first turn and after each of a script's, whatever stands in the other slots."""
     tasks = torch.full((len(scripts),), task)
-    made = asking.environment(page, asking.fail, asking.left_half, num_envs=len(scripts), picture=picture, max_turns=9)
+    made = asking.environment(page, paint, asking.fail, asking.left_half, num_envs=len(scripts), picture=picture, max_turns=9)
     observations = [made.reset(tasks)]
     for turn in range(max(map(len, scripts))):
         said = [Message("assistant", (script[turn],)) if turn < len(script) else None for script in scripts]
@@ -69,12 +78,11 @@ def test_what_was_said_is_no_part_of_a_state_and_the_task_is() -> None:
 
 
 def test_pictures_are_told_apart_by_their_pixels() -> None:
-    look = call("left_half", image=1)
-    (one, again, further), (other,) = (
-        states([look], [look], [look, call("left_half", image=2)], picture=True),
-        states([look], task=4, picture=True),
-    )
-    assert one == again == further[:2] and further[2] not in one and other[1] not in one
+    look, red, blue = call("left_half", image=1), call("paint", colour="red"), call("paint", colour="blue")
+    one, again, further = states([look], [look], [look, call("left_half", image=2)], picture=True)
+    assert one == again == further[:2] and further[2] not in one
+    first, second, other = states([red], [red], [blue])
+    assert first == second and other[1] != first[1], "of the same size, and with the same words"
 
 
 def shown(told: Transcript) -> Any:
