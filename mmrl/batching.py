@@ -22,14 +22,15 @@ def make_batch(rollout: Rollout, advantages: Advantages, policy: LikelihoodPolic
         """Of anything [T, B, K, ...]: [N, J K, ...]."""
         return None if x_TBK is None else of_decisions(x_TBK).flatten(1, 2)
 
+    returns_TBV = torch.zeros_like(rollout.values_TBV) if advantages.returns_TBV is None else advantages.returns_TBV
     kept_NJ = of_decisions(advantages.keep_TB & rollout.valid_TB)
     batch = Batch(
         trace=packing.trace,
         old_log_probs_NK=of_decisions(rollout.log_probs_TBK).flatten(1),
         mask_NK=(of_decisions(rollout.mask_TBK) & kept_NJ[..., None]).flatten(1),
         advantages_NJ=of_decisions(advantages.advantages_TB),
-        returns_NJ=of_decisions(advantages.returns_TB),
-        old_values_NJ=of_decisions(rollout.values_TB),
+        returns_NV=of_decisions(returns_TBV).flatten(1),
+        old_values_NV=of_decisions(rollout.values_TBV).flatten(1),
         reference_log_probs_NK=of_units(rollout.reference_log_probs_TBK),
         unit_advantages_NK=of_units(advantages.units_TBK),
         engine_log_probs_NK=of_units(rollout.engine_log_probs_TBK),

@@ -98,10 +98,10 @@ def _scored(policy: Any, decision: Decision) -> Iterator[Check]:
         yield _close("log-probs of acting", policy, new[there], old[there], f"{int(there.sum())} units, scored again")
         finite = bool(evaluation.entropy_NK.isfinite().all() and new.isfinite().all())
         yield Check("finite", finite, f"mean entropy {float(evaluation.entropy_NK.detach()[there].mean()):.3g} nats")
-        if isinstance(policy, ValuePolicy) and policy.has_critic and decision.values_B is not None:
-            assert evaluation.values_NJ is not None
-            values = gather(decision.values_B[None], packing.index_NJ)
-            yield _close("values of acting", policy, evaluation.values_NJ.detach(), values, "scored again")
+        if isinstance(policy, ValuePolicy) and policy.has_critic and decision.values_BV is not None:
+            assert evaluation.values_NV is not None
+            values, said = _of_units(decision.values_BV, packing), f"{decision.values_BV.shape[1]} a decision, scored again"
+            yield _close("values of acting", policy, evaluation.values_NV.detach(), values, said)
         yield _gradient(policy, evaluation.log_probs_NK.sum())
 
 
@@ -123,7 +123,7 @@ def _rollout(decision: Decision) -> Rollout:
         like[None],
         decision.mask_BK[None],
         nothing,
-        nothing if decision.values_B is None else decision.values_B[None],
+        nothing[..., None] if decision.values_BV is None else decision.values_BV[None],
         nothing,
         yes,
         yes,

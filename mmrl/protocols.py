@@ -213,12 +213,12 @@ class EnginePolicy(Protocol):
 
 @runtime_checkable
 class ValuePolicy(Protocol):
-    """It has a critic."""
+    """It has a critic, of decisions or of their units (see Decision.values_BV)."""
 
     has_critic: bool
 
     def value(self, observation: Observation, draws: Draws) -> Tensor:
-        """The critic's estimate for B observations, without gradients: [B]. The same function ``act`` and ``evaluate`` use."""
+        """The (first) value of a decision for B observations, without gradients: [B]. As ``act`` and ``evaluate`` have it."""
         ...
 
 
@@ -326,15 +326,15 @@ class VelocityField(Protocol):
 class LossContext:
     """What a micro-batch's loss must know of its surroundings.
 
-    units, decisions, samples: those trained in the whole mini-batch - dividing by them, not by its own, makes micro-batch losses
-    add up. iteration: of the stage, from 0. advantage_mean, advantage_std (unbiased): over the decisions of the whole mini-batch.
+    units, values, samples: those trained in the whole mini-batch - dividing by them, not by its own, makes micro-batch losses add
+    up. iteration: of the stage, from 0. advantage_mean, advantage_std (unbiased): of its decisions, or units where they differ.
     For a VelocityAlgorithm also: rows, all samples of the mini-batch, for where velocities are compared it does not matter which
     units are trained; draws, random numbers for each row of the micro-batch; and the fields of other weights: reference, of the
     policy the stage started from, behaviour, of the policy that collected, average, a running average. None: not asked for.
     """
 
     units: int
-    decisions: int
+    values: int
     samples: int
     iteration: int
     advantage_mean: float = 0.0
@@ -348,13 +348,13 @@ class LossContext:
 
 @dataclass(frozen=True)
 class Advantages:
-    """What an algorithm made of a rollout: keep_TB is valid_TB less what it filters out; a critic regresses returns_TB.
+    """What an algorithm made of a rollout: keep_TB is valid_TB less what it filters out; a critic, if any, regresses returns_TBV.
 
     units_TBK: what each unit was worth, where those of a decision differ; None where advantages_TB says it all.
     """
 
     advantages_TB: Tensor
-    returns_TB: Tensor
+    returns_TBV: Tensor | None
     keep_TB: Tensor
     metrics: Mapping[str, float]
     units_TBK: Tensor | None = None

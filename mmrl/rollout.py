@@ -35,7 +35,7 @@ ValueFunction = Callable[[Observation, Draws], Tensor]
 Result = TypeVar("Result")
 Finish = Callable[[], tuple[Result, Action]]  # what a decision came to, and what to execute
 _ACTION, _VALUE = 0, 1  # what an episode's random numbers are for
-_BY_SLOT = ("_TB", "_TBK", "_TBKD")  # how the names of a rollout's fields end that hold the decisions of slots
+_BY_SLOT = ("_TB", "_TBV", "_TBK", "_TBKD")  # how the names of a rollout's fields end that hold the decisions of slots
 
 
 @dataclass
@@ -280,9 +280,9 @@ def _begin_step(environment: Environment, actions: Action) -> Callable[[], Step]
 
 
 def _assemble(columns: Sequence[_Column], last_values_B: Tensor, log: _EpisodeLog) -> Rollout:
-    values_TB = torch.stack([_values(c.decision) for c in columns])
+    values_TBV = torch.stack([_values(c.decision) for c in columns])
     done_TB = torch.stack([c.step.done_B for c in columns])
-    following_TB = torch.cat([values_TB[1:], last_values_B[None]])
+    following_TB = torch.cat([values_TBV[1:, :, 0], last_values_B[None]])
     final_TB = torch.stack([c.final_values_B for c in columns])
     valid_TB = torch.stack([c.valid_B for c in columns])
     for slot, first_t, last_t in log.lost:
@@ -293,7 +293,7 @@ def _assemble(columns: Sequence[_Column], last_values_B: Tensor, log: _EpisodeLo
         log_probs_TBK=torch.stack([c.decision.log_probs_BK for c in columns]),
         mask_TBK=torch.stack([c.decision.mask_BK for c in columns]),
         rewards_TB=rewards_TB * valid_TB,
-        values_TB=values_TB,
+        values_TBV=values_TBV,
         next_values_TB=torch.where(done_TB, final_TB, following_TB),
         valid_TB=valid_TB,
         terminated_TB=torch.stack([c.step.terminated_B for c in columns]),
@@ -319,7 +319,8 @@ def _means(column: _Column) -> Tensor:
 
 def _values(decision: Decision) -> Tensor:
     """The critic's, or zeros."""
-    return torch.zeros(len(decision.mask_BK), device=decision.mask_BK.device) if decision.values_B is None else decision.values_B
+    nothing_B1 = torch.zeros(len(decision.mask_BK), 1, device=decision.mask_BK.device)
+    return nothing_B1 if decision.values_BV is None else decision.values_BV
 
 
 def join(parts: Sequence[Rollout]) -> Rollout:

@@ -5,10 +5,15 @@ of the role ``tool``; whatever goes wrong with a call is such a message too. A m
 conversation. So do, without an answer, a message that was cut (``finish`` is "length"), and calls in the last of ``max_turns``.
 
 The reward is the answer's mark at the end; a stage's ``rewards`` replace it. One step is one turn.
+
+For credit by state (GiGPO), the state of a conversation is its task, what was shown last, and all that has been shown (see
+``state_key``).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass as plain_dataclass
@@ -252,7 +257,29 @@ class ToolEnvironment:
 
     def _observe(self) -> Observation:
         asked = tuple(slot.opening[-1].text for slot in self._slots)
-        return Observation({}, None, asked, conversations=tuple(slot.transcript.messages for slot in self._slots))
+        told = [slot.transcript for slot in self._slots]
+        anchors_B = torch.tensor([state_key(each) for each in told], dtype=torch.long, device=self.device)
+        return Observation({}, None, asked, conversations=tuple(each.messages for each in told), anchors_B=anchors_B)
+
+
+def state_key(transcript: Transcript) -> int:
+    """A key of the state that a conversation is in, as credit by state compares it: int64, the same in every run.
+
+    Equal are the task, what the calls of the last turn showed, in their order, and the set of what calls have shown so far:
+    texts and pixels. So whoever gets to a page by the same other pages, in whatever order and however often, gets to the same
+    state. What was said on the way does not count, and a call that failed only while its message is the last one: it taught
+    nothing. What tools keep to themselves (a Python session) is not in it, nor how many turns are left.
+    """
+    pairs = [pair for turn in transcript.turns for pair in zip(turn.calls, turn.replies, strict=True)]
+    last = [_content(reply) for turn in transcript.turns[-1:] for reply in turn.replies]
+    seen = sorted({_content(reply) for call, reply in pairs if call.error is None})
+    digest = hashlib.sha256(json.dumps([transcript.task_id, last, seen]).encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _content(message: Message) -> str:
+    """A name for what a message shows: equal where texts and pixels are."""
+    return json.dumps([part if isinstance(part, str) else {"picture": part.key} for part in message.parts])
 
 
 def _reply(outcome: Outcome) -> Message:

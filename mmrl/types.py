@@ -3,7 +3,7 @@
 Shape letters, here and in every name: B samples (or environments), T decisions of an episode, K units of a decision (tokens or
 denoising steps), C executed actions of a chunk, H predicted actions of a chunk, A action dimensions, S state dimensions,
 P prompts (tasks), G group size, N samples of a batch (what is scored in one piece: a decision, or a conversation), J decisions
-of a sample.
+of a sample, V values of a decision: 1, or K where the critic has one before each unit.
 """
 
 from __future__ import annotations
@@ -28,6 +28,16 @@ Action = Tensor | Column  # [B, C, A] numbers, or a column of B messages: whatev
 Trace = Mapping[str, Tensor | Column]
 
 
+def _expect_values(owner: str, name: str, values: Tensor, units: Tensor) -> None:
+    """Values stand beside ``units`` [..., K]: [..., V], one for all of a decision's or one for each."""
+    *leading, k = units.shape
+    expect(owner, name, values, *leading, None)
+    if values.shape[len(leading)] not in (1, k):
+        raise ShapeError(
+            f"{owner}.{name} has {values.shape[len(leading)]} values a decision; it has 1, or one for each of {k} units"
+        )
+
+
 @dataclass(frozen=True)
 class Decision:
     """What a policy decided for B observations, and everything needed to score it again.
@@ -35,15 +45,16 @@ class Decision:
     action: what to execute, a chunk or a message for each. trace: name -> [B, ...], all that ``evaluate`` reads. log_probs_BK and
     mask_BK: one column per unit (token, denoising step, or chunk entry; the policy says which), mask True where the unit is
     trained.
-    values_B: the critic's estimate, or None. policy_version: optimizer steps the policy had taken. means_BKD: where units are
-    draws of D numbers from Gaussians (denoising steps of a picture), the means of these; else None.
+    values_BV: the critic's estimates of what is still to be earned, one before the decision or one before each unit (anything
+    where there is no unit); None without a critic. policy_version: optimizer steps the policy had taken. means_BKD: where units
+    are draws of D numbers from Gaussians (denoising steps of a picture), the means of these; else None.
     """
 
     action: Action
     trace: Trace
     log_probs_BK: Tensor
     mask_BK: Tensor
-    values_B: Tensor | None
+    values_BV: Tensor | None
     policy_version: int = 0
     means_BKD: Tensor | None = None
 
@@ -53,8 +64,8 @@ class Decision:
             expect("Decision", "action", self.action, b, None, None)
         expect("Decision", "log_probs_BK", self.log_probs_BK, b, None)
         expect("Decision", "mask_BK", self.mask_BK, *self.log_probs_BK.shape)
-        if self.values_B is not None:
-            expect("Decision", "values_B", self.values_B, b)
+        if self.values_BV is not None:
+            _expect_values("Decision", "values_BV", self.values_BV, self.log_probs_BK)
         if self.means_BKD is not None:
             expect("Decision", "means_BKD", self.means_BKD, *self.log_probs_BK.shape, None)
         for name, value in self.trace.items():
@@ -83,7 +94,7 @@ class Decision:
             {name: put(values, index_N, size) for name, values in self.trace.items()},
             put(self.log_probs_BK, index_N, size),
             put(self.mask_BK, index_N, size),
-            None if self.values_B is None else put(self.values_B, index_N, size),
+            None if self.values_BV is None else put(self.values_BV, index_N, size),
             self.policy_version,
             None if self.means_BKD is None else put(self.means_BKD, index_N, size),
         )
@@ -134,11 +145,13 @@ class Rollout:
     """T decisions of each of B environments, lock-step; the input of every advantage estimator.
 
     Worked example: T = 2, B = 1, one environment that succeeds with its second decision gives rewards_TB [[0.], [1.]],
-    valid_TB [[True], [True]], terminated_TB [[False], [True]], truncated_TB all False, values_TB [[0.4], [0.7]] and
+    valid_TB [[True], [True]], terminated_TB [[False], [True]], truncated_TB all False, values_TBV [[[0.4]], [[0.7]]] and
     next_values_TB [[0.7], [v]]: v is the value of the final observation, which termination makes irrelevant.
 
-    trace: name -> [T, B, ...]. valid_TB False marks decisions after the end of an episode (no auto-reset), and all those
-    of an episode that the simulator lost (see Step.lost_B) - they carry no loss. lost: how many episodes it lost.
+    trace: name -> [T, B, ...]. values_TBV: the critic's (see Decision.values_BV), zeros without one; next_values_TB: of what was
+    seen after each decision, which is the first of the next one's where the episode goes on. valid_TB False marks decisions after
+    the end of an episode (no auto-reset), and all those of an episode that the simulator lost (see Step.lost_B) - they carry no
+    loss. lost: how many episodes it lost.
     task_ids_TB: which task each decision belongs to. episodes: finished episodes, one row each (see EpisodeRecord).
     anchor_TB: a key of the state that each decision was made in (see Observation.anchors_B), None without.
     reference_log_probs_TBK: of the policy the stage started from, 0 where nobody reads it; None without.
@@ -151,7 +164,7 @@ class Rollout:
     log_probs_TBK: Tensor
     mask_TBK: Tensor
     rewards_TB: Tensor
-    values_TB: Tensor
+    values_TBV: Tensor
     next_values_TB: Tensor
     valid_TB: Tensor
     terminated_TB: Tensor
@@ -178,7 +191,8 @@ class Rollout:
         for name in ("means_TBKD", "reference_means_TBKD"):
             if getattr(self, name) is not None:
                 expect("Rollout", name, getattr(self, name), *self.log_probs_TBK.shape, None)
-        for name in ("values_TB", "next_values_TB", "valid_TB", "terminated_TB", "truncated_TB", "task_ids_TB"):
+        _expect_values("Rollout", "values_TBV", self.values_TBV, self.log_probs_TBK)
+        for name in ("next_values_TB", "valid_TB", "terminated_TB", "truncated_TB", "task_ids_TB"):
             expect("Rollout", name, getattr(self, name), t, b)
         for name, value in self.trace.items():
             expect("Rollout", f"trace[{name!r}]", value, t, b)
@@ -186,6 +200,12 @@ class Rollout:
     @property
     def decisions(self) -> int:
         return int(self.valid_TB.sum())
+
+    @property
+    def valued_TBV(self) -> Tensor:
+        """Values of valid decisions, or units, that have something to train: what a critic learns from."""
+        there_TBK = self.mask_TBK & self.valid_TB[..., None]
+        return there_TBK.unflatten(2, (self.values_TBV.shape[2], -1)).any(3)
 
     def by_decision(self) -> Packing:
         """Each valid decision is a sample, in (T, B) order: the trace is [N, ...]."""
@@ -301,8 +321,8 @@ class Batch:
 
     A sample has J decisions (1, or those of a conversation) of K / J units each: unit k belongs to decision k // (K / J). So what
     is known of decisions reaches their units by ``per_unit``. mask_NK is False at units that are not trained, those of decisions
-    that are not there among them. old_values_NJ and returns_NJ are zero where the policy has no critic. engine_log_probs_NK,
-    old_means_NKD and reference_means_NKD: as in a Rollout.
+    that are not there among them. returns_NV and old_values_NV, zero without a critic, are of decisions (V = J) or of units
+    (V = K). engine_log_probs_NK, old_means_NKD and reference_means_NKD: as in a Rollout.
 
     Worked example: N = 1 conversation of J = 2 turns, of at most 3 tokens each, the second of them cut after 2 tokens, gives
     mask_NK [[1, 1, 1, 1, 1, 0]] and with advantages_NJ [[0.5, -1.]] per unit [[0.5, 0.5, 0.5, -1., -1., -1.]].
@@ -312,8 +332,8 @@ class Batch:
     old_log_probs_NK: Tensor
     mask_NK: Tensor
     advantages_NJ: Tensor
-    returns_NJ: Tensor
-    old_values_NJ: Tensor
+    returns_NV: Tensor
+    old_values_NV: Tensor
     reference_log_probs_NK: Tensor | None = None
     unit_advantages_NK: Tensor | None = None
     engine_log_probs_NK: Tensor | None = None
@@ -327,8 +347,12 @@ class Batch:
         j = self.advantages_NJ.shape[1]
         if k % j:
             raise ShapeError(f"Batch has {k} units a sample, which its {j} decisions cannot share equally")
-        for name in ("returns_NJ", "old_values_NJ"):
-            expect("Batch", name, getattr(self, name), n, j)
+        expect("Batch", "old_values_NV", self.old_values_NV, n, None)
+        if self.old_values_NV.shape[1] not in (j, k):
+            raise ShapeError(
+                f"Batch.old_values_NV has {self.old_values_NV.shape[1]} columns, not one a decision ({j}) or unit ({k})"
+            )
+        expect("Batch", "returns_NV", self.returns_NV, *self.old_values_NV.shape)
         for name in ("reference_log_probs_NK", "unit_advantages_NK", "engine_log_probs_NK"):
             if getattr(self, name) is not None:
                 expect("Batch", name, getattr(self, name), n, k)
@@ -344,8 +368,12 @@ class Batch:
     @property
     def trained_NJ(self) -> Tensor:
         """Decisions of which some unit is trained."""
-        j = self.advantages_NJ.shape[1]
-        return self.mask_NK.unflatten(1, (j, self.mask_NK.shape[1] // j)).any(2)
+        return self.mask_NK.unflatten(1, (self.advantages_NJ.shape[1], -1)).any(2)
+
+    @property
+    def trained_NV(self) -> Tensor:
+        """Values of decisions or units of which some unit is trained."""
+        return self.mask_NK.unflatten(1, (self.old_values_NV.shape[1], -1)).any(2)
 
     @property
     def advantages_NK(self) -> Tensor:
@@ -450,15 +478,16 @@ class Episode:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A policy's second look at N samples, with gradients: log-probabilities and entropies of their units, decisions' values.
+    """A policy's second look at N samples, with gradients: log-probabilities and entropies of their units, and values.
 
+    values_NV: of decisions or of units, as those of acting (see Decision.values_BV); None without a critic.
     means_NKD, stds_NK, deltas_NK: where units are draws of D numbers from Gaussians (see Decision.means_BKD), the means, standard
     deviations and lengths t - t' of these steps; else None.
     """
 
     log_probs_NK: Tensor
     entropy_NK: Tensor
-    values_NJ: Tensor | None
+    values_NV: Tensor | None
     means_NKD: Tensor | None = None
     stds_NK: Tensor | None = None
     deltas_NK: Tensor | None = None

@@ -39,7 +39,7 @@ Merge = Callable[[Iterable[float]], float]
 _EXTREMES: dict[str, Merge] = {"ratio_min": min, "ratio_max": max, "log_prob_gap_max": max, "engine_gap_max": max}
 _SHARES = ("loss", "policy_loss", "value_loss", "entropy", "kl_reference")
 _OVER_MICRO_BATCHES: dict[str, Merge] = {**_EXTREMES, **dict.fromkeys(_SHARES, sum)}
-_DECISION_MEANS = ("value_clip_fraction",)  # means over decisions; the others are means over units
+_VALUE_MEANS = ("value_clip_fraction",)  # means over values; the others are means over units
 _OVER_UPDATES: dict[str, Merge] = {**_EXTREMES, "skipped": sum}
 
 
@@ -215,7 +215,7 @@ class RolloutUpdate:
                     context = replace(context, draws=Draws(keys_N[piece]))
                 loss = self.algorithm.loss(self.policy, part, context)
                 loss.value.backward()
-                weights = {name: part.trained_NJ.sum() for name in _DECISION_MEANS}
+                weights = {name: part.trained_NV.sum() for name in _VALUE_MEANS}
                 for name, value in (*loss.metrics.items(), ("loss", loss.value.detach())):
                     merger.add({name: value}, weight=int(weights.get(name, part.mask_NK.sum())))
             if self.supervised is not None:
@@ -225,14 +225,16 @@ class RolloutUpdate:
         return metrics | _step(self.optimization, self.policy, metrics["loss"])
 
     def _context(self, batch: Batch, iteration: int) -> LossContext:
-        trained, sampled, advantages = batch.mask_NK, batch.trained_NJ, batch.advantages_NJ
+        trained, worth, where = batch.mask_NK, batch.advantages_NJ, batch.trained_NJ
+        if batch.unit_advantages_NK is not None:
+            worth, where = batch.unit_advantages_NK, trained
         return LossContext(
             units=max(int(trained.sum()), 1),
             samples=max(int(trained.any(1).sum()), 1),
-            decisions=max(int(sampled.sum()), 1),
+            values=max(int(batch.trained_NV.sum()), 1),
             iteration=iteration,
-            advantage_mean=float(masked.mean(advantages, sampled)),
-            advantage_std=float(masked.std(advantages, sampled)),
+            advantage_mean=float(masked.mean(worth, where)),
+            advantage_std=float(masked.std(worth, where)),
             rows=len(batch),
             reference=Frozen(self.reference) if isinstance(self.reference, VelocityPolicy) else None,
             behaviour=self.behaviour,

@@ -166,7 +166,7 @@ class MLP(nn.Module):
             trace={"state": state_BS, "action": action_BA} if explore else {},
             log_probs_BK=log_probs_BK,
             mask_BK=torch.ones_like(log_probs_BK, dtype=torch.bool),
-            values_B=values_B,
+            values_BV=None if values_B is None else values_B[:, None],
             policy_version=self.version,
         )
 

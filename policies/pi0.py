@@ -329,7 +329,7 @@ class Pi0(nn.Module):
             trace={**trace, **kept} if explore else {},
             log_probs_BK=log_probs,
             mask_BK=torch.ones_like(log_probs, dtype=torch.bool),
-            values_B=values.mean(1) if explore and self.critic is not None else None,
+            values_BV=values.mean(1, keepdim=True) if explore and self.critic is not None else None,
             policy_version=self.version,
         )
 
@@ -368,8 +368,8 @@ class Pi0(nn.Module):
             prefix = self._encode(inputs)
             if "suffix" in self.config.critic.inputs:
                 decision = self._denoise(inputs, prefix, draws, explore=True)
-                assert decision.values_B is not None
-                return decision.values_B
+                assert decision.values_BV is not None
+                return decision.values_BV[:, 0]
             # Neither the prefix nor the state token sees the noisy actions: any chunk and time give the same value.
             batch = inputs["state"].shape[0]
             x = inputs["state"].new_zeros(batch, self.horizon, self._padded_dim)

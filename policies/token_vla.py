@@ -326,7 +326,7 @@ class TokenVLA(nn.Module):
             trace={**inputs, "bins": bins_BK} if explore else {},
             log_probs_BK=units_BK,
             mask_BK=self._trained(units_BK),
-            values_B=values_B,
+            values_BV=None if values_B is None else values_B[:, None],
             policy_version=self.version,
         )
 
@@ -397,8 +397,8 @@ class TokenVLA(nn.Module):
     def evaluate(self, trace: Mapping[str, Tensor]) -> Evaluation:
         """The entropy of an action or chunk is the sum over its tokens, each given those before it: unbiased for its own."""
         scores = self._score(self._backbone.encode(trace), trace["bins"], trace)
-        values_NJ = None if scores.values_N is None else scores.values_N[:, None]
-        return Evaluation(self._units(scores.log_probs_NK), self._units(scores.entropy_NK), values_NJ)
+        values_NV = None if scores.values_N is None else scores.values_N[:, None]
+        return Evaluation(self._units(scores.log_probs_NK), self._units(scores.entropy_NK), values_NV)
 
     @torch.no_grad()
     def value(self, observation: Observation, draws: Draws) -> Tensor:

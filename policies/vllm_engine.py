@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmrl.errors import MMRLError
 from mmrl.messages import Message, Picture
 from mmrl.numerics.draws import Draws
-from policies.chat_parts.engine import Generated, Request, Sampling
+from policies.chat_parts.engine import Critic, Generated, Request, Sampling
 from policies.chat_parts.network import Network
 from policies.chat_parts.pieces import Heard, Said
 from policies.chat_parts.scoring import score
@@ -102,7 +102,10 @@ class VllmEngine:
     # -- speaking ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], draws: Draws | None, version: int = 0) -> Generated:
+    def generate(
+        self, requests: Sequence[Request], draws: Draws | None, version: int = 0, critic: Critic | None = None
+    ) -> Generated:
+        """``critic`` is not asked: vLLM shows no hidden states."""
         with torch.autocast(self.network.device.type, enabled=False):
             runner = self._runner()
             self._update(runner, version)

@@ -103,7 +103,16 @@ def by_state(episodes: Episodes, *, scale: str, baseline: str, step_weight: floa
         )
     whole_TB, _ = by_episode(episodes, scale=scale, baseline=baseline, step_weight=step_weight, eps=eps)
     steps_TB, metrics = _among_peers(episodes, episodes.anchor_TB, scale=scale, baseline=baseline, eps=eps)
-    return whole_TB + step_weight * steps_TB, metrics
+    return whole_TB + step_weight * steps_TB, {**metrics, **_states(episodes, episodes.anchor_TB)}
+
+
+def _states(episodes: Episodes, anchor_TB: Tensor) -> dict[str, float]:
+    """How many states the groups were in, and in how many of them more than one episode was."""
+    slot_B = torch.arange(anchor_TB.shape[1], device=anchor_TB.device)
+    visits_TB3 = torch.stack([x.expand_as(anchor_TB) for x in (episodes.group_B, anchor_TB, slot_B)], 2)
+    visits_V3 = visits_TB3[episodes.counted_TB].unique(dim=0)
+    episodes_S = visits_V3[:, :2].unique(dim=0, return_counts=True)[1]
+    return {"states": float(len(episodes_S)), "states_shared": float((episodes_S > 1).sum())}
 
 
 def _among_peers(episodes: Episodes, key_TB: Tensor, *, scale: str, baseline: str, eps: float) -> Credit:

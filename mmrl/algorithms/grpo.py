@@ -20,7 +20,8 @@ groups whose success rate is outside ``success_range`` likewise, as pi_RL filter
 lengths and a KL are counted among the rewards: what a group differs in must be the task. The loss is the mean over the decisions
 that are left, so an episode weighs by its number of decisions (pi_RL can weigh all episodes alike).
 A group that the simulator lost an episode of is left out, as if it had not been played.
-``scale`` and ``baseline`` hold for GiGPO's step groups as for its episode groups (its authors set scale: none). A decision that
+``scale`` and ``baseline`` hold for GiGPO's step groups as for its episode groups (its authors set scale: none); the log says how
+many ``states`` there were and how many of them several episodes were in (``states_shared``). A decision that
 nothing can be compared with (the only one of its turn, or in its state) is worth 0 there. ``overlong`` counts units that are
 trained, over all decisions of an episode, and is taken off the reward of its last decision.
 """
@@ -142,9 +143,7 @@ class GRPO:
         advantages_TB, metrics = self._credit(rollout, episodes)
         units_TBK = self._units(rollout, advantages_TB, penalty_TBK, keep_TB)
         punished = {} if config.overlong is None else {"episodes_overlong": float((overlong_B < 0).float().mean())}
-        return Advantages(
-            advantages_TB, torch.zeros_like(rollout.rewards_TB), keep_TB, {**groups.metrics(), **metrics, **punished}, units_TBK
-        )
+        return Advantages(advantages_TB, None, keep_TB, {**groups.metrics(), **metrics, **punished}, units_TBK)
 
     def loss(self, policy: LikelihoodPolicy, batch: Batch, context: LossContext) -> Loss:
         return policy_loss(self.config, policy.evaluate(batch.trace), batch, context)

@@ -1,4 +1,4 @@
-"""PPO: generalised advantage estimation over decisions, clipped policy and value losses, several epochs.
+"""PPO: generalised advantage estimation over decisions or their units, clipped policy and value losses, several epochs.
 
     delta_t = r_t + gamma V(s_{t+1}) (1 - terminated_t) - V(s_t)
     A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}          R_t = A_t + V(s_t)
@@ -12,6 +12,11 @@ its reward; the value loss has a weight of its own. RLinf bootstraps only where 
 goal until time is up is worth gamma V, nearly as much as arriving, and that V is never compared with a reward. Without it, what
 is left to gain depends on the time that is left (Pardo et al. 2018, arXiv 1712.00378), so a critic should know it: pi0's can
 (``critic.inputs`` with ``time``).
+
+Where the critic has a value before each unit (a policy that talks with ``critic.granularity: token``), a step t is a unit: tokens
+are worth different amounts within a turn, and what tools show between turns takes no step. That is the PPO of RLHF (Ouyang et al.
+2022, arXiv 2203.02155) over a whole conversation. gamma and lambda are then per unit, so the defaults see some twenty tokens far;
+1 is usual for both. A decision's reward is its last unit's; a KL in rewards is each unit's own.
 """
 
 from __future__ import annotations
@@ -21,9 +26,11 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
-from mmrl.algorithms.policy_gradient import PolicyGradientConfig, penalised, policy_loss, reference_penalty
-from mmrl.numerics.advantages import gae, standardize
+from mmrl.algorithms.policy_gradient import PolicyGradientConfig, policy_loss, reference_penalty
+from mmrl.numerics import masked
+from mmrl.numerics.advantages import gae_of_units, standardize
 from mmrl.numerics.losses import explained_variance, value_loss
 from mmrl.protocols import Advantages, LikelihoodPolicy, LossContext
 from mmrl.types import Batch, Loss, Rollout
@@ -43,7 +50,7 @@ class PPO:
         """Fields of a ``mmrl.algorithms.ppo:PPO`` block."""
 
         gamma: float = Field(default=0.99, ge=0, le=1)
-        """Discount per decision."""
+        """Discount per decision; per unit where the critic values units."""
         lam: float = Field(default=0.95, ge=0, le=1)
         """GAE's lambda."""
         bootstrap_truncated: bool = True
@@ -66,41 +73,59 @@ class PPO:
         self.uses_reference = config.kl_weight > 0
 
     def advantages(self, rollout: Rollout) -> Advantages:
-        advantages_TB, returns_TB = gae(
-            penalised(rollout.rewards_TB, reference_penalty(self.config, rollout)),
-            rollout.values_TB,
+        there_TBV, penalty_TBK = rollout.valued_TBV, reference_penalty(self.config, rollout)
+        values = rollout.values_TBV.shape[2]
+        earned_TBV = None
+        if penalty_TBK is not None:
+            earned_TBV = -penalty_TBK.unflatten(2, (values, -1)).sum(3).to(rollout.rewards_TB.dtype)
+        advantages_TBV, returns_TBV = gae_of_units(
+            rollout.rewards_TB,
+            rollout.values_TBV,
             rollout.next_values_TB,
+            there_TBV,
             rollout.terminated_TB if self.config.bootstrap_truncated else rollout.terminated_TB | rollout.truncated_TB,
             rollout.truncated_TB,
             gamma=self.config.gamma,
             lam=self.config.lam,
+            earned_TBV=earned_TBV,
         )
-        keep = rollout.valid_TB
         metrics = {
-            "explained_variance": float(explained_variance(rollout.values_TB, returns_TB, keep)),
-            "advantage_std": float(advantages_TB[keep].std()) if int(keep.sum()) > 1 else 0.0,
+            "explained_variance": float(explained_variance(rollout.values_TBV, returns_TBV, there_TBV)),
+            "advantage_std": float(masked.std(advantages_TBV, there_TBV)),
         }
         if self.config.normalize_advantages == "rollout":
-            advantages_TB = standardize(advantages_TB, keep, eps=ADVANTAGE_EPS)
-        return Advantages(advantages_TB, returns_TB, keep, metrics)
+            advantages_TBV = standardize(advantages_TBV, there_TBV, eps=ADVANTAGE_EPS)
+        advantages_TB = advantages_TBV.sum(2) / there_TBV.sum(2).clamp(min=1)  # of decisions: the mean over their units
+        return Advantages(advantages_TB, returns_TBV, rollout.valid_TB, metrics, advantages_TBV if values > 1 else None)
 
     def loss(self, policy: LikelihoodPolicy, batch: Batch, context: LossContext) -> Loss:
         scored = policy.evaluate(batch.trace)
-        assert scored.values_NJ is not None
+        assert scored.values_NV is not None
         if self.config.normalize_advantages == "minibatch":
-            scaled_NJ = (batch.advantages_NJ - context.advantage_mean) / (context.advantage_std + ADVANTAGE_EPS)
-            batch = replace(batch, advantages_NJ=scaled_NJ)
+            batch = _standardised(batch, context)
         actor = policy_loss(self.config, scored, batch, context)
         critic = value_loss(
-            scored.values_NJ,
-            batch.old_values_NJ,
-            batch.returns_NJ,
-            batch.trained_NJ,
+            scored.values_NV,
+            batch.old_values_NV,
+            batch.returns_NV,
+            batch.trained_NV,
             clip=self.config.value_clip,
             huber_delta=self.config.huber_delta,
-            normalizer=context.decisions,
+            normalizer=context.values,
         )
         value = self.config.value_weight * critic.value
         if context.iteration >= self.config.critic_warmup:  # left out, not weighted by 0: then the actor is not even decayed
             value = value + actor.value
         return Loss(value, {**actor.metrics, **critic.metrics, "value_loss": critic.value.detach()})
+
+
+def _standardised(batch: Batch, context: LossContext) -> Batch:
+    """With the advantages that are learned from on the scale of those of the whole mini-batch."""
+
+    def scaled(x: Tensor) -> Tensor:
+        return (x - context.advantage_mean) / (context.advantage_std + ADVANTAGE_EPS)
+
+    units_NK = batch.unit_advantages_NK
+    return replace(
+        batch, advantages_NJ=scaled(batch.advantages_NJ), unit_advantages_NK=None if units_NK is None else scaled(units_NK)
+    )

@@ -47,6 +47,77 @@ def gae(
 
 
 @torch.no_grad()
+def gae_of_units(
+    rewards_TB: Tensor,
+    values_TBV: Tensor,
+    next_values_TB: Tensor,
+    there_TBV: Tensor,
+    terminated_TB: Tensor,
+    truncated_TB: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    earned_TBV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``gae`` over the V units of decisions, each with a value before it, one after the other: (advantages_TBV, returns_TBV).
+
+    there_TBV (bool) says which units there are; the rest may hold anything and is 0 in the results. What follows a unit is the
+    next one that is there, of the same decision or a later one; what was seen in between takes no step. So gamma is per unit. A
+    decision's reward, end and next value are its last unit's; those of a decision without units are of the one before it in
+    its episode. earned_TBV: what each unit earned beside. With V = 1 and all of it there this is ``gae``.
+    """
+    t, _, v = there_TBV.shape
+    rewards_TB, next_values_TB, terminated_TB, truncated_TB = _joined(
+        rewards_TB, next_values_TB, there_TBV.any(2), terminated_TB, truncated_TB
+    )
+    last_TBV = there_TBV & (there_TBV.flip(2).cumsum(2).flip(2) == 1)
+    there_SB = there_TBV.transpose(1, 2).flatten(0, 1)  # S = T V steps, of which a slot's own come first in ``order_LB``
+    lengths_B = there_SB.sum(0)
+    order_LB = (~there_SB).to(torch.uint8).argsort(dim=0, stable=True)[: max(int(lengths_B.max()), 1)]
+    real_LB = torch.arange(len(order_LB), device=lengths_B.device)[:, None] < lengths_B
+
+    def steps(x_TBV: Tensor) -> Tensor:
+        return masked.fill(x_TBV.transpose(1, 2).flatten(0, 1).gather(0, order_LB), real_LB)
+
+    def at_last(x_TB: Tensor) -> Tensor:
+        return steps(torch.where(last_TBV, x_TB[..., None], torch.zeros_like(x_TB[..., None])))
+
+    values_LB, last_LB = steps(values_TBV), steps(last_TBV)
+    within_LB = torch.cat([values_LB[1:], torch.zeros_like(values_LB[:1])])
+    advantages_LB, returns_LB = gae(
+        at_last(rewards_TB) + (0 if earned_TBV is None else steps(earned_TBV)),
+        values_LB,
+        torch.where(last_LB, at_last(next_values_TB.to(values_LB.dtype)), within_LB),
+        at_last(terminated_TB),
+        at_last(truncated_TB),
+        gamma=gamma,
+        lam=lam,
+    )
+
+    def placed(x_LB: Tensor) -> Tensor:
+        x_SB = x_LB.new_zeros(there_SB.shape).scatter(0, order_LB, masked.fill(x_LB, real_LB))
+        return x_SB.unflatten(0, (t, v)).transpose(1, 2)
+
+    return placed(advantages_LB), placed(returns_LB)
+
+
+def _joined(
+    rewards_TB: Tensor, next_values_TB: Tensor, steps_TB: Tensor, terminated_TB: Tensor, truncated_TB: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rewards, next values and ends of decisions; of one that is no step (``steps_TB``) they are of the one before it."""
+    rewards, following, terminated, truncated = (
+        list(x_TB.unbind()) for x_TB in (rewards_TB, next_values_TB, terminated_TB, truncated_TB)
+    )
+    for t in reversed(range(1, len(rewards))):
+        moves_B = ~steps_TB[t] & ~terminated[t - 1] & ~truncated[t - 1]
+        rewards[t - 1] = rewards[t - 1] + masked.fill(rewards[t], moves_B)
+        following[t - 1] = torch.where(moves_B, following[t], following[t - 1])
+        terminated[t - 1] = terminated[t - 1] | (moves_B & terminated[t])
+        truncated[t - 1] = truncated[t - 1] | (moves_B & truncated[t])
+    return torch.stack(rewards), torch.stack(following), torch.stack(terminated), torch.stack(truncated)
+
+
+@torch.no_grad()
 def group_relative(rewards_PG: Tensor, *, scale: str = "group_std", baseline: str = "mean", eps: float = 1e-6) -> Tensor:
     """Each of G rewards of a prompt (task) against the others of its group: (reward - baseline) / (scale + eps), [P, G].
 

@@ -11,7 +11,7 @@ Letters: B rows, K tokens a row may say, L tokens in the cache, H heads, D their
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -54,8 +54,8 @@ class Sampling:
 class Generated:
     """What B rows said: ids and log_probs [B, K], 0 behind the ``count_B`` tokens of a row; whether its last token ends a turn.
 
-    hidden_BW: the hidden state in which a row began to speak, for a critic; None where the engine does not show it. version: of
-    the weights that said it.
+    hidden_BW: the hidden state in which a row began to speak, for a critic; values_BK: what a critic said of the one that each
+    token was drawn from. None where the engine does not show them, or nobody asked. version: of the weights that said it.
     """
 
     ids_BK: Tensor
@@ -64,6 +64,10 @@ class Generated:
     ended_B: Tensor
     hidden_BW: Tensor | None
     version: int = 0
+    values_BK: Tensor | None = None
+
+
+Critic = Callable[[Tensor], Tensor]  # values [R] of hidden states [R, W]
 
 
 class Engine(Protocol):
@@ -75,10 +79,12 @@ class Engine(Protocol):
     sampling: Sampling
     rescores: bool
 
-    def generate(self, requests: Sequence[Request], draws: Draws | None, version: int = 0) -> Generated:
+    def generate(
+        self, requests: Sequence[Request], draws: Draws | None, version: int = 0, critic: Critic | None = None
+    ) -> Generated:
         """Draw (or, without ``draws``, take the likeliest) tokens until each row ends its turn or is at its limit.
 
-        version: of the model's weights as they are now, with which all of it is said.
+        version: of the model's weights as they are now, with which all of it is said. critic: asked before every token.
         """
         ...
 
@@ -122,10 +128,12 @@ class LocalEngine:
             self._last = None
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], draws: Draws | None, version: int = 0) -> Generated:
+    def generate(
+        self, requests: Sequence[Request], draws: Draws | None, version: int = 0, critic: Critic | None = None
+    ) -> Generated:
         batch, hidden_BW = self._begin(requests)
         limits_B = torch.tensor([request.limit for request in requests], device=self.network.device)
-        return replace(self._speak(batch, hidden_BW, limits_B, draws), version=version)
+        return replace(self._speak(batch, hidden_BW, limits_B, draws, critic), version=version)
 
     # -- hearing -------------------------------------------------------------------------------------------------------
 
@@ -207,10 +215,11 @@ class LocalEngine:
 
     # -- speaking ------------------------------------------------------------------------------------------------------
 
-    def _speak(self, batch: _Batch, hidden_BW: Tensor, limits_B: Tensor, draws: Draws | None) -> Generated:
+    def _speak(self, batch: _Batch, hidden_BW: Tensor, limits_B: Tensor, draws: Draws | None, critic: Critic | None) -> Generated:
         size, most, device = len(limits_B), int(limits_B.max()), self.network.device
         ids_BK = torch.zeros(size, most, dtype=torch.long, device=device)
         log_probs_BK = torch.zeros(size, most, dtype=torch.promote_types(hidden_BW.dtype, torch.float32), device=device)
+        values_BK = torch.zeros_like(log_probs_BK)
         count_B, ended_B = torch.zeros_like(limits_B), torch.zeros_like(limits_B, dtype=torch.bool)
         ends = torch.tensor(self.sampling.ends, device=device)
         rows_R = torch.arange(size, device=device)  # of all, those in the batch
@@ -221,6 +230,8 @@ class LocalEngine:
             chosen_R, log_probs_R = self._choose(hidden_RW, draws)
             chosen_R = torch.where(running_R, chosen_R, self.network.pad)
             ids_BK[rows_R, k], log_probs_BK[rows_R, k] = chosen_R, log_probs_R
+            if critic is not None:
+                values_BK[rows_R, k] = critic(hidden_RW).to(values_BK.dtype)
             count_B[rows_R] += running_R
             over_R = running_R & torch.isin(chosen_R, ends)
             ended_B[rows_R] |= over_R
@@ -240,8 +251,8 @@ class LocalEngine:
         self._last = archive.kept(unfed)
         spent = int(count_B.max())
         behind_BK = torch.arange(spent, device=device) >= count_B[:, None]  # what a row that had finished would have said
-        ids_BK, log_probs_BK = (x[:, :spent].masked_fill(behind_BK, 0) for x in (ids_BK, log_probs_BK))
-        return Generated(ids_BK, log_probs_BK, count_B, ended_B, hidden_BW)
+        ids_BK, log_probs_BK, values_BK = (x[:, :spent].masked_fill(behind_BK, 0) for x in (ids_BK, log_probs_BK, values_BK))
+        return Generated(ids_BK, log_probs_BK, count_B, ended_B, hidden_BW, values_BK=None if critic is None else values_BK)
 
     def _choose(self, hidden_RW: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
         """A token of each row, and its log-probability."""

@@ -34,7 +34,7 @@ from policies.chat_parts.ears import Ears, SpanWeight
 from policies.chat_parts.engine import Engine, Generated, LocalEngine, Request, Sampling
 from policies.chat_parts.network import Network
 from policies.chat_parts.pieces import Heard, Piece, Said
-from policies.chat_parts.scoring import Scores, score
+from policies.chat_parts.scoring import Scores, score, spoken_in
 from policies.shared.adapters import LoraOptions, add_adapters, merged
 from policies.shared.checkpoints import load_heads, load_tokenizer, save_heads
 from policies.shared.heads import CriticHead
@@ -46,8 +46,10 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 @dataclass(frozen=True, config=STRICT)
 class CriticOptions:
-    """The value of a turn, read where the model begins to speak."""
+    """The value head: what a conversation will still earn, read from hidden states."""
 
+    granularity: Literal["turn", "token"] = "turn"
+    """What has a value: each turn, read where the model begins to speak, or each token, read where it is drawn from."""
     hidden: tuple[int, ...] = (256,)
     """Widths of the hidden layers."""
     detach: bool = True
@@ -209,7 +211,8 @@ class ChatPolicy(nn.Module, ABC):
         """The heads in use, each with what it computes in words: a saved one is loaded where the words are the same."""
         if self.critic is None or self.config.critic is None:
             return {}
-        return {"critic": (f"value of turns through {'x'.join(map(str, self.config.critic.hidden))}", self.critic)}
+        critic = self.config.critic
+        return {"critic": (f"value of {critic.granularity}s through {'x'.join(map(str, critic.hidden))}", self.critic)}
 
     def _engine(self) -> Engine:
         config, sampling = self.config, self._sampling(self.config.temperature)
@@ -306,16 +309,19 @@ class ChatPolicy(nn.Module, ABC):
         count_B = torch.zeros(size, dtype=torch.long, device=device)
         log_probs_BK = torch.zeros(said_BK.shape, dtype=torch.promote_types(self.model.dtype, torch.float32), device=device)
         messages = [Message("assistant", ("",), finish="length")] * size
-        values_B = None if self.critic is None else torch.zeros(size, device=device)
+        values_BV = None
+        if explore and self.critic is not None:
+            values_BV = torch.zeros(size, self.config.max_new_tokens if self._by_token else 1, device=device)
         version = self.version
         if requests:
             with self.compute_mode(train=False):
-                made = self.engine.generate(requests, draws.select(index) if explore else None, self.version)
+                critic = self.critic if explore and self._by_token else None
+                made = self.engine.generate(requests, draws.select(index) if explore else None, self.version, critic)
                 spoken, version = self.messages(made), made.version
                 self.engine.keep(spoken)
-                if values_B is not None and self.critic is not None:
-                    hidden_BW = made.hidden_BW if made.hidden_BW is not None else self._hidden(r.pieces for r in requests)
-                    values_B[index] = self.critic(hidden_BW).to(values_B.dtype)
+                if values_BV is not None:
+                    found_BV = self._values_of(requests, made)
+                    values_BV[index, : found_BV.shape[1]] = found_BV.to(values_BV.dtype)
             width = made.ids_BK.shape[1]
             said_BK[index, :width], log_probs_BK[index, :width] = made.ids_BK, made.log_probs_BK.to(log_probs_BK.dtype)
             count_B[index] = made.count_B
@@ -323,7 +329,7 @@ class ChatPolicy(nn.Module, ABC):
                 messages[row] = message
         mask_BK = torch.arange(said_BK.shape[1], device=device) < count_B[:, None]
         trace: Trace = {"heard": Column.of((pieces[-1] for pieces, _ in heard), device), "said": said_BK, "count": count_B}
-        return Decision(Column.of(messages), trace if explore else {}, log_probs_BK, mask_BK, values_B, version)
+        return Decision(Column.of(messages), trace if explore else {}, log_probs_BK, mask_BK, values_BV, version)
 
     def messages(self, made: Generated) -> list[Message]:
         """What was generated, as messages."""
@@ -358,6 +364,27 @@ class ChatPolicy(nn.Module, ABC):
         with self.compute_mode(train=False):
             return self.critic(self._hidden(self.ears.listen(conversation)[0] for conversation in observation.conversations))
 
+    @property
+    def _by_token(self) -> bool:
+        return self.config.critic is not None and self.config.critic.granularity == "token"
+
+    def _values_of(self, requests: Sequence[Request], made: Generated) -> Tensor:
+        """The critic's values of the turns, or of the tokens, just said: [B, 1] or [B, K]."""
+        assert self.critic is not None
+        if not self._by_token:
+            hidden_BW = made.hidden_BW if made.hidden_BW is not None else self._hidden(r.pieces for r in requests)
+            return self.critic(hidden_BW)[:, None]
+        if made.values_BK is not None:
+            return made.values_BK
+        said = [Said(row[:count]) for row, count in zip(made.ids_BK.cpu(), made.count_B.tolist(), strict=True)]
+        rows = [(*request.pieces, turn) for request, turn in zip(requests, said, strict=True)]
+        scores = self._scores(rows, self.engine.sampling, before=True)
+        assert scores.before_MW is not None
+        new_M = torch.cat([torch.arange(spoken_in(row)) >= spoken_in(row[:-1]) for row in rows]).to(self.device)
+        there_BK = torch.arange(made.ids_BK.shape[1], device=self.device) < made.count_B[:, None]
+        values_M = self.critic(scores.before_MW[new_M])
+        return values_M.new_zeros(there_BK.shape).masked_scatter(there_BK, values_M)
+
     def _hidden(self, heard: Iterable[tuple[Piece, ...]]) -> Tensor:
         """The hidden state in which each conversation's next turn begins: [B, W]."""
         rows = [(*pieces, _NOTHING) for pieces in heard]
@@ -367,8 +394,8 @@ class ChatPolicy(nn.Module, ABC):
 
     # -- scoring again -------------------------------------------------------------------------------------------------
 
-    def _scores(self, rows: Sequence[Sequence[Piece]], sampling: Sampling) -> Scores:
-        return score(self.network, rows, sampling, self.config.score_chunk, self.config.pack_tokens)
+    def _scores(self, rows: Sequence[Sequence[Piece]], sampling: Sampling, *, before: bool = False) -> Scores:
+        return score(self.network, rows, sampling, self.config.score_chunk, self.config.pack_tokens, before=before)
 
     def pack(self, rollout: Rollout) -> Packing:
         return rollout.by_episode()
@@ -381,19 +408,19 @@ class ChatPolicy(nn.Module, ABC):
             _said_rows(pieces, said, counts)
             for pieces, said, counts in zip(heard.tolist(), said_NJK.cpu(), count_NJ.tolist(), strict=True)
         ]
-        scores = self._scores(rows, self.engine.sampling)
+        scores = self._scores(rows, self.engine.sampling, before=self._by_token)
         there = (torch.arange(said_NJK.shape[2], device=self.device) < count_NJ.to(self.device)[..., None]).flatten(1)
 
         def spread(x_M: Tensor) -> Tensor:
             return x_M.new_zeros(there.shape).masked_scatter(there, x_M)
 
-        values_NJ = None
+        values_NV = None
         if self.critic is not None and self.config.critic is not None:
-            turns = scores.turns.detach() if self.config.critic.detach else scores.turns
-            values_M = self.critic(turns)
-            spoke_NJ = count_NJ.to(self.device) > 0
-            values_NJ = values_M.new_zeros(spoke_NJ.shape).masked_scatter(spoke_NJ, values_M)
-        return Evaluation(spread(scores.log_probs_M), spread(scores.entropy_M), values_NJ)
+            hidden = scores.turns if scores.before_MW is None else scores.before_MW
+            values_M = self.critic(hidden.detach() if self.config.critic.detach else hidden)
+            where_NV = there if self._by_token else count_NJ.to(self.device) > 0
+            values_NV = values_M.new_zeros(where_NV.shape).masked_scatter(where_NV, values_M)
+        return Evaluation(spread(scores.log_probs_M), spread(scores.entropy_M), values_NV)
 
     # -- imitation -----------------------------------------------------------------------------------------------------
 

@@ -27,17 +27,30 @@ from policies.chat_parts.pieces import Piece, Said, Stretch, lay_out, line_up
 
 @dataclass(frozen=True)
 class Scores:
-    """Of the M tokens that N conversations said, in order: [M] each. turns: hidden states [M', W] in which their turns began."""
+    """Of the M tokens that N conversations said, in order: [M] each. turns: hidden states [M', W] in which their turns began.
+
+    before_MW: hidden states from which the tokens were drawn, if asked for.
+    """
 
     log_probs_M: Tensor
     entropy_M: Tensor
     turns: Tensor
+    before_MW: Tensor | None = None
 
 
-def score(network: Network, rows: Sequence[Sequence[Piece]], sampling: Sampling, chunk: int, pack: int | None = None) -> Scores:
+def score(
+    network: Network,
+    rows: Sequence[Sequence[Piece]],
+    sampling: Sampling,
+    chunk: int,
+    pack: int | None = None,
+    *,
+    before: bool = False,
+) -> Scores:
     """Score N conversations, each of pieces heard and said in turns, with gradients; ``chunk``: see head_log_probs.
 
-    A conversation begins with a piece that was heard. pack: tokens of a line at most; None: side by side.
+    A conversation begins with a piece that was heard. pack: tokens of a line at most; None: those of about the same length side
+    by side, so that little is padding. before: whether ``before_MW`` is asked for.
     """
     if not rows:
         raise ValueError("there is nothing to score")
@@ -45,14 +58,15 @@ def score(network: Network, rows: Sequence[Sequence[Piece]], sampling: Sampling,
         batches, read = filled(rows, pack, share=network.branches), _end_to_end
     else:
         batches, read = similar([*map(_length, rows)]), _side_by_side
-    passes = [(batch, _pass(network, [rows[n] for n in batch], sampling, chunk, read)) for batch in batches]
+    passes = [(batch, _pass(network, [rows[n] for n in batch], sampling, chunk, read, before=before)) for batch in batches]
     order = [n for batch, _ in passes for n in batch]
-    tokens, turns = [_said(rows[n]) for n in order], [sum(isinstance(piece, Said) for piece in rows[n]) for n in order]
+    tokens, turns = [spoken_in(rows[n]) for n in order], [sum(isinstance(piece, Said) for piece in rows[n]) for n in order]
     token_M, turn_M = (_back(order, counts).to(network.device) for counts in (tokens, turns))
     return Scores(
         torch.cat([scores.log_probs_M for _, scores in passes])[token_M],
         torch.cat([scores.entropy_M for _, scores in passes])[token_M],
         torch.cat([scores.turns for _, scores in passes])[turn_M],
+        torch.cat([scores.before_MW for _, scores in passes if scores.before_MW is not None])[token_M] if before else None,
     )
 
 
@@ -96,7 +110,8 @@ def _length(pieces: Sequence[Piece]) -> int:
     return sum(map(len, pieces))
 
 
-def _said(pieces: Sequence[Piece]) -> int:
+def spoken_in(pieces: Sequence[Piece]) -> int:
+    """How many tokens of a conversation the model said."""
     return sum(len(piece) for piece in pieces if isinstance(piece, Said))
 
 
@@ -107,18 +122,21 @@ def _back(order: Sequence[int], counts: Sequence[int]) -> Tensor:
     return torch.cat([places[row] for row in range(len(order))])
 
 
-def _pass(network: Network, rows: Sequence[Sequence[Piece]], sampling: Sampling, chunk: int, read: _Reader) -> Scores:
+def _pass(
+    network: Network, rows: Sequence[Sequence[Piece]], sampling: Sampling, chunk: int, read: _Reader, *, before: bool
+) -> Scores:
     hidden_FW, begins = read(network, rows)
     before_M, turns, ids_M = (part.to(network.device) for part in _places(rows, begins))
+    before_MW = hidden_FW[before_M]
     log_probs_M, entropy_M = head_log_probs(
-        hidden_FW[before_M],
+        before_MW,
         network.head.weight,
         ids_M,
         temperature=sampling.temperature,
         forbidden=sampling.forbidden,
         chunk=chunk,
     )
-    return Scores(log_probs_M, entropy_M, hidden_FW[turns])
+    return Scores(log_probs_M, entropy_M, hidden_FW[turns], before_MW if before else None)
 
 
 # -- reading: hidden states of all tokens [F, W], and of each row the places in them where its pieces begin --------------------

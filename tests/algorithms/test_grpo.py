@@ -33,7 +33,7 @@ def rollout(returns_B: list[float], lengths_B: list[int], success_B: list[float]
         log_probs_TBK=torch.zeros(t, b, 1),
         mask_TBK=torch.ones(t, b, 1, dtype=torch.bool),
         rewards_TB=rewards_TB,
-        values_TB=zero_TB,
+        values_TBV=zero_TB[..., None],
         next_values_TB=zero_TB,
         valid_TB=valid_TB,
         terminated_TB=last_TB,
@@ -113,7 +113,7 @@ def test_groups_are_compared_alone() -> None:
 
 def test_the_loss_has_no_critic_and_pulls_towards_what_did_well(case: Callable[..., Any]) -> None:
     policy, batch = case(spread=0.0, masked=False, reference=False)
-    context = LossContext(units=batch.mask_NK.numel(), decisions=len(batch), samples=len(batch), iteration=0)
+    context = LossContext(units=batch.mask_NK.numel(), values=len(batch), samples=len(batch), iteration=0)
     grpo().loss(policy, batch, context).value.backward()
     log_probs_NK, _, values_N = policy.gradients()
     expected_NK: Tensor = -batch.advantages_NJ.expand_as(log_probs_NK) / batch.mask_NK.numel()

@@ -70,7 +70,7 @@ class Numbers:
             log_probs_TBK=rows(self.old),
             mask_TBK=rows(self.mask),
             rewards_TB=torch.where(last_TB, self.rewards_N, 0),
-            values_TB=zero_TB,
+            values_TBV=zero_TB[..., None],
             next_values_TB=zero_TB,
             valid_TB=torch.ones(J, N, dtype=torch.bool),
             terminated_TB=last_TB,

@@ -137,14 +137,14 @@ def play(policy: Policy) -> Rollout:
     valid_TB = torch.ones(T, B, dtype=torch.bool)
     valid_TB[1, 0] = False
     nothing_TB, no_TB = torch.zeros(T, B), torch.zeros(T, B, dtype=torch.bool)
-    values_TB = torch.stack([torch.zeros(B) if d.values_B is None else d.values_B for d in decisions])
+    values_TBV = torch.stack([torch.zeros(B, 1) if d.values_BV is None else d.values_BV for d in decisions])
     row = torch.zeros(0)
     return Rollout(
         trace={name: stack([d.trace[name] for d in decisions]) for name in decisions[0].trace},
         log_probs_TBK=torch.stack([d.log_probs_BK for d in decisions]),
         mask_TBK=torch.stack([d.mask_BK for d in decisions]),
         rewards_TB=torch.randn(T, B, generator=seeded(7)),
-        values_TB=values_TB,
+        values_TBV=values_TBV,
         next_values_TB=nothing_TB,
         valid_TB=valid_TB,
         terminated_TB=no_TB,
@@ -159,8 +159,8 @@ def batch_of(policy: LikelihoodPolicy) -> Batch:
     """The rollout's nine valid decisions with advantages of both signs."""
     rollout = play(policy)
     advantages_TB = torch.randn(T, B, generator=seeded(8))
-    returns_TB = rollout.values_TB + torch.randn(T, B, generator=seeded(9))
-    return make_batch(rollout, Advantages(advantages_TB, returns_TB, rollout.valid_TB, {}), policy)
+    returns_TBV = rollout.values_TBV + torch.randn(T, B, generator=seeded(9))[..., None]
+    return make_batch(rollout, Advantages(advantages_TB, returns_TBV, rollout.valid_TB, {}), policy)
 
 
 def gradients(policy: Any, loss: Tensor) -> dict[str, Tensor]:
@@ -234,8 +234,8 @@ def test_observations_do_not_mix_within_a_batch(policy: Any) -> None:
     for b in range(B):
         alone = policy.evaluate({name: tensor[b : b + 1] for name, tensor in decision.trace.items()})
         torch.testing.assert_close(alone.log_probs_NK[0], together.log_probs_NK[b], rtol=1e-4, atol=1e-4)
-        if together.values_NJ is not None:
-            torch.testing.assert_close(alone.values_NJ[0], together.values_NJ[b], rtol=1e-4, atol=1e-5)
+        if together.values_NV is not None:
+            torch.testing.assert_close(alone.values_NV[0], together.values_NV[b], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("exploring", [True, False])
@@ -260,9 +260,9 @@ def test_scoring_again_equals_the_rollout(policy: Any) -> None:
     assert torch.equal(scored.log_probs_NK, decision.log_probs_BK)
     assert scored.entropy_NK.shape == scored.log_probs_NK.shape == decision.mask_BK.shape
     assert scored.log_probs_NK.dtype in (torch.float32, torch.float64) and scored.log_probs_NK.isfinite().all()
-    assert (scored.values_NJ is None) == (decision.values_B is None) == (not policy.has_critic)
-    if decision.values_B is not None:
-        assert torch.equal(scored.values_NJ[:, 0], decision.values_B) and decision.values_B.std() > 0
+    assert (scored.values_NV is None) == (decision.values_BV is None) == (not policy.has_critic)
+    if decision.values_BV is not None:
+        assert torch.equal(scored.values_NV, decision.values_BV) and decision.values_BV.std() > 0
 
 
 def test_scoring_twice_is_the_same_and_changes_nothing(policy: Any) -> None:
@@ -426,6 +426,6 @@ def test_the_critic_says_the_same_when_bootstrapping(policy: Any) -> None:
     if not policy.has_critic:
         return
     values_B = policy.value(policy.example_observation(B), tiny.draws(1))
-    expected = explore(policy, seed=1).values_B
+    expected = explore(policy, seed=1).values_BV[:, 0]
     assert values_B.shape == (B,) and not values_B.requires_grad
     torch.testing.assert_close(values_B, expected, rtol=1e-5, atol=1e-6)

@@ -1,7 +1,8 @@
-"""Runs of agents from their YAML: imitation and GRPO with tools, resumed runs, and the configs that ship."""
+"""Runs of agents from their YAML: imitation, GRPO and PPO with tools, resumed runs, and the configs that ship."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,32 @@ def test_a_resumed_run_is_the_unbroken_run(config: Path, whole: Path, number: in
     shutil.rmtree(broken / "policy")
     resume(broken, Quiet())
     assert tiny_run.rows(broken) == tiny_run.rows(whole) and tiny_run.weights(broken) == tiny_run.weights(whole)
+
+
+PPO = (
+    "policy.critic={granularity: token, hidden: [16]}",
+    "stages.improve.algorithm={target: 'mmrl.algorithms.ppo:PPO', epochs: 2, minibatches: 2, kl_weight: 0.1, kl_in: reward}",
+)
+
+
+def test_a_run_with_values_of_tokens_is_resumed_as_the_unbroken_one(config: Path) -> None:
+    run = tiny_run.run(config, "tokens", "checkpoint.keep=9", *PPO)
+    rows, weights = tiny_run.rows(run), tiny_run.weights(run)
+    trained = [row for row in rows if row.get("stage") == "improve" and row["kind"] == "train"]
+    assert len(trained) == 3
+    for row in trained:
+        assert row["policy/log_prob_mismatch_max"] < 1e-4 and row["loss/value_loss"] > 0
+        assert "advantages/explained_variance" in row and row["advantages/advantage_std"] > 0
+    kept = [json.loads(path.read_text()) for path in sorted((run / "trajectories").glob("improve-training-*.json"))]
+    worth = [[token[2] for token in said["tokens"]] for talk in kept for said in talk["messages"] if said.get("tokens")]
+    assert any(len(set(tokens)) == len(tokens) > 3 for tokens in worth), "each token of a turn is worth something else"
+    shutil.rmtree(run / "policy")
+    gone = sorted((run / "checkpoints").glob("*[45]"))
+    for path in gone:
+        shutil.rmtree(path)
+    assert len(gone) == 2 and list((run / "checkpoints").glob("*3"))
+    resume(run, Quiet())
+    assert tiny_run.rows(run) == rows and tiny_run.weights(run) == weights
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def numbered(t: int, b: int, valid_TB: Tensor) -> Rollout:
         log_probs_TBK=where_TB[..., None] + torch.tensor([0.1, 0.2]),
         mask_TBK=torch.stack([where_TB > 0, where_TB > 5], -1),
         rewards_TB=where_TB,
-        values_TB=where_TB + 0.3,
+        values_TBV=where_TB[..., None] + 0.3,
         next_values_TB=where_TB,
         valid_TB=valid_TB,
         terminated_TB=flags_TB,
@@ -53,8 +53,8 @@ def test_a_batch_holds_the_kept_decisions_in_time_then_slot_order() -> None:
     assert torch.equal(batch.old_log_probs_NK, where[:, None] + torch.tensor([0.1, 0.2]))
     assert batch.mask_NK.tolist() == [[False, False], [True, False], [True, True]]
     assert torch.equal(batch.advantages_NJ, where[:, None] + 0.5)
-    assert torch.equal(batch.returns_NJ, where[:, None] + 0.6)
-    assert torch.equal(batch.old_values_NJ, where[:, None] + 0.3)
+    assert torch.equal(batch.returns_NV, where[:, None] + 0.6)
+    assert torch.equal(batch.old_values_NV, where[:, None] + 0.3)
     everything = make_batch(rollout, Advantages(rollout.rewards_TB, rollout.rewards_TB, valid_TB, {}), policy)
     assert everything.trace["where"].tolist() == [0, 1, 2, 10, 12]
 
@@ -85,8 +85,8 @@ def test_a_sample_may_be_a_whole_episode() -> None:
     assert batch.trained_NJ.tolist() == [[False, True, False], [True, False, False], [True, True, False]]
     torch.testing.assert_close(batch.old_log_probs_NK[2], torch.tensor([1.1, 1.2, 11.1, 11.2, 21.1, 21.2]))
     torch.testing.assert_close(batch.advantages_NJ[2], torch.tensor([1.5, 11.5, 21.5]))
-    torch.testing.assert_close(batch.per_unit(batch.returns_NJ)[2], torch.tensor([1.6, 1.6, 11.6, 11.6, 21.6, 21.6]))
-    assert batch.old_values_NJ[0].tolist() == pytest.approx([0.3, 10.3, 0])
+    torch.testing.assert_close(batch.per_unit(batch.returns_NV)[2], torch.tensor([1.6, 1.6, 11.6, 11.6, 21.6, 21.6]))
+    assert batch.old_values_NV[0].tolist() == pytest.approx([0.3, 10.3, 0])
     keep_TB[:, 0] = False
     fewer = make_batch(rollout, Advantages(rollout.rewards_TB, rollout.rewards_TB, keep_TB, {}), policy)
     assert fewer.trace["name"].tolist() == [["b", "e", "h"]]

@@ -75,7 +75,7 @@ def test_the_three_learn_together(parts: tuple[Any, Any, Any]) -> None:
         n = len(batch)
         torch.testing.assert_close(policy.evaluate(batch.trace).log_probs_NK, batch.old_log_probs_NK, rtol=0, atol=0)
         optimizer.zero_grad()
-        algorithm.loss(policy, batch, LossContext(units=n, decisions=n, samples=n, iteration=0)).value.backward()
+        algorithm.loss(policy, batch, LossContext(units=n, values=n, samples=n, iteration=0)).value.backward()
         optimizer.step()
         success.append(float(rollout.episodes.success_M.mean()))
     assert sum(success[:3]) / 3 < 0.6

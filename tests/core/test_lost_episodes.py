@@ -57,7 +57,7 @@ def collect(environment: Losing, **options: Any) -> Rollout:
 
 def advantages(rollout: Rollout) -> Tensor:
     flags = rollout.terminated_TB, rollout.truncated_TB
-    return gae(rollout.rewards_TB, rollout.values_TB, rollout.next_values_TB, *flags, gamma=0.9, lam=0.8)[0]
+    return gae(rollout.rewards_TB, rollout.values_TBV[..., 0], rollout.next_values_TB, *flags, gamma=0.9, lam=0.8)[0]
 
 
 def test_a_lost_episode_is_invalid_from_its_first_decision_and_the_slot_goes_on() -> None:

@@ -108,9 +108,8 @@ class Wanderer:
         action_BCA = draws.normal(2, self.dim) * 0.6 + seen_B[:, None, None] * 1e-3
         words_B = torch.tensor([len(sentence) for sentence in observation.instructions])
         trace = {"state": observation.state, "words": words_B, **observation.images}
-        return Decision(
-            action_BCA, trace, action_BCA[:, :, 0], action_BCA[:, :, 0] > 0, self.value(observation, draws), self.version
-        )
+        values_BV = self.value(observation, draws)[:, None]
+        return Decision(action_BCA, trace, action_BCA[:, :, 0], action_BCA[:, :, 0] > 0, values_BV, self.version)
 
     def value(self, observation: Observation, draws: Draws) -> Tensor:
         return self._seen(observation) + draws.uniform()
@@ -126,7 +125,15 @@ def assert_same(ours: Rollout, theirs: Rollout, tolerance: float = 0.0) -> None:
     assert torch.equal(ours.valid_TB, valid_TB) and ours.env_steps == theirs.env_steps and ours.lost == theirs.lost
     named = {
         name: (getattr(ours, name), getattr(theirs, name))
-        for name in ("rewards_TB", "values_TB", "next_values_TB", "terminated_TB", "truncated_TB", "task_ids_TB", "log_probs_TBK")
+        for name in (
+            "rewards_TB",
+            "values_TBV",
+            "next_values_TB",
+            "terminated_TB",
+            "truncated_TB",
+            "task_ids_TB",
+            "log_probs_TBK",
+        )
     }
     assert ours.trace.keys() == theirs.trace.keys()
     named |= {f"trace of {name}": (ours.trace[name], theirs.trace[name]) for name in theirs.trace}

@@ -59,7 +59,7 @@ def test_groups_that_teach_nothing_are_replaced_until_the_rollout_is_full() -> N
     slots = [(0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)]
     for slot, (number, there) in enumerate(slots):
         part, t = game.played[number], len(game.played[number].rewards_TB)
-        for name in ("rewards_TB", "values_TB", "log_probs_TBK", "mask_TBK", "terminated_TB", "truncated_TB", "valid_TB"):
+        for name in ("rewards_TB", "values_TBV", "log_probs_TBK", "mask_TBK", "terminated_TB", "truncated_TB", "valid_TB"):
             assert torch.equal(getattr(got.rollout, name)[:t, slot], getattr(part, name)[:, there]), name
             assert not getattr(got.rollout, name)[t:, slot].any()
         assert torch.equal(got.rollout.trace["state"][:t, slot], part.trace["state"][:, there])
@@ -83,7 +83,7 @@ def test_a_full_rollout_is_not_refilled_and_is_the_rollout_itself() -> None:
     game, plain = Game(teaches=[True]), Game()
     got, alone = game.gather(5).rollout, plain.collect()
     assert game.collector.next_task == GROUPS
-    for name in ("task_ids_TB", "rewards_TB", "values_TB", "next_values_TB", "log_probs_TBK", "mask_TBK", "valid_TB"):
+    for name in ("task_ids_TB", "rewards_TB", "values_TBV", "next_values_TB", "log_probs_TBK", "mask_TBK", "valid_TB"):
         assert torch.equal(getattr(got, name), getattr(alone, name)), name
     assert (got.env_steps, got.lost, got.decisions) == (alone.env_steps, alone.lost, alone.decisions)
 

@@ -51,7 +51,7 @@ def rollout(returns: list[float]) -> Rollout:
         log_probs_TBK=torch.randn(T, B, K, dtype=torch.float64),
         mask_TBK=torch.ones(T, B, K, dtype=torch.bool),
         rewards_TB=rewards_TB,
-        values_TB=zeros_TB,
+        values_TBV=zeros_TB[..., None],
         next_values_TB=zeros_TB,
         valid_TB=valid_TB,
         terminated_TB=over_TB,

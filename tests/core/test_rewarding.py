@@ -180,7 +180,7 @@ def test_an_episode_without_a_score_is_as_one_that_was_lost(combine: str, scale:
 
     def single(rollout: Rollout) -> Tensor:  # and where nothing compares episodes
         flags = rollout.terminated_TB, rollout.truncated_TB
-        found = gae(rollout.rewards_TB, rollout.values_TB, rollout.next_values_TB, *flags, gamma=0.9, lam=0.8)[0]
+        found = gae(rollout.rewards_TB, rollout.values_TBV[..., 0], rollout.next_values_TB, *flags, gamma=0.9, lam=0.8)[0]
         return found[rollout.valid_TB]
 
     assert torch.equal(single(told), single(lost))

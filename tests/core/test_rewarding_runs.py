@@ -85,14 +85,14 @@ class Critic(Chooser):
         self.worth = nn.Parameter(torch.zeros((), device=device))
 
     def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
-        return replace(super().act(observation, draws, explore=explore), values_B=self.value(observation, draws))
+        return replace(super().act(observation, draws, explore=explore), values_BV=self.value(observation, draws)[:, None])
 
     def value(self, observation: Observation, draws: Draws) -> Tensor:
         return self.worth.detach().expand(observation.batch_size)
 
     def evaluate(self, trace: Mapping[str, Any]) -> Evaluation:
         scored = super().evaluate(trace)
-        return replace(scored, values_NJ=self.worth.expand_as(trace["choice"]))
+        return replace(scored, values_NV=self.worth.expand_as(trace["choice"]))
 
 
 class Asking:

@@ -107,7 +107,7 @@ class ScriptedPolicy:
         action = torch.zeros(b, CHUNK, 1, dtype=torch.float64)
         assert observation.state is not None
         state_BS = observation.state
-        return Decision(action, {"state": state_BS}, -state_BS, state_BS > 0, self._values(state_BS), self.version)
+        return Decision(action, {"state": state_BS}, -state_BS, state_BS > 0, self._values(state_BS)[:, None], self.version)
 
     def _values(self, state_BS: Tensor) -> Tensor:
         return torch.tensor([value_of(*row) for row in state_BS.tolist()], dtype=torch.float64)
@@ -139,7 +139,7 @@ def test_auto_reset_worked_by_hand() -> None:
     # Slot 1 runs out of time in task 1 after two decisions and goes on with task 3 (task 0's script), whose end is the rollout's.
     assert rollout.task_ids_TB.tolist() == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert rollout.rewards_TB.tolist() == [[3, 5], [3, 0], [4, 3], [4, 3]]
-    assert rollout.values_TB.tolist() == [[0, 10], [2, 12], [20, 30], [22, 32]]
+    assert rollout.values_TBV[..., 0].tolist() == [[0, 10], [2, 12], [20, 30], [22, 32]]
     assert rollout.terminated_TB.tolist() == [[False, False], [True, False], [False, False], [False, True]]
     assert rollout.truncated_TB.tolist() == [[False, False], [False, True], [False, False], [False, False]]
     following = rollout.next_values_TB
@@ -236,7 +236,7 @@ def test_a_rollout_does_not_depend_on_how_its_slots_are_shared_out(auto_reset: b
     for other in rollouts[1:]:
         valid_TB = rollouts[0].valid_TB
         assert torch.equal(other.valid_TB, valid_TB)
-        for name in ("rewards_TB", "values_TB", "next_values_TB", "terminated_TB", "truncated_TB", "task_ids_TB"):
+        for name in ("rewards_TB", "values_TBV", "next_values_TB", "terminated_TB", "truncated_TB", "task_ids_TB"):
             assert torch.equal(getattr(other, name)[valid_TB], getattr(rollouts[0], name)[valid_TB]), name
         assert torch.equal(other.log_probs_TBK, rollouts[0].log_probs_TBK)
         assert torch.equal(other.trace["state"], rollouts[0].trace["state"])
@@ -331,7 +331,7 @@ def test_advantages_over_a_rollout_equal_those_of_its_episodes(auto_reset: bool)
     rollout, _ = collect(environment, ScriptedPolicy(), decisions=7, auto_reset=auto_reset)
     advantages_TB, _ = gae(
         rollout.rewards_TB,
-        rollout.values_TB,
+        rollout.values_TBV[..., 0],
         rollout.next_values_TB,
         rollout.terminated_TB,
         rollout.truncated_TB,

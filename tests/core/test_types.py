@@ -25,7 +25,7 @@ def observation() -> Observation:
 
 def decision() -> Decision:
     log_probs = torch.zeros(B, K)
-    return Decision(torch.zeros(B, C, A), {"x": torch.zeros(B, 9)}, log_probs, log_probs > 0, torch.zeros(B))
+    return Decision(torch.zeros(B, C, A), {"x": torch.zeros(B, 9)}, log_probs, log_probs > 0, torch.zeros(B, 1))
 
 
 def step() -> Step:
@@ -42,7 +42,12 @@ def rollout() -> Rollout:
     numbers_TB = torch.zeros(T, B)
     log_probs_TBK = torch.zeros(T, B, K)
     flags_TB = numbers_TB > 0
-    numbers = {"rewards_TB": numbers_TB, "values_TB": numbers_TB, "next_values_TB": numbers_TB, "task_ids_TB": numbers_TB.long()}
+    numbers = {
+        "rewards_TB": numbers_TB,
+        "values_TBV": log_probs_TBK,
+        "next_values_TB": numbers_TB,
+        "task_ids_TB": numbers_TB.long(),
+    }
     flags = {"valid_TB": flags_TB, "terminated_TB": flags_TB, "truncated_TB": flags_TB, "mask_TBK": log_probs_TBK > 0}
     trace = {"x": torch.zeros(T, B, 9)}
     return Rollout(trace=trace, log_probs_TBK=log_probs_TBK, episodes=episodes(), env_steps=0, **numbers, **flags)
@@ -77,7 +82,8 @@ WRONG: list[tuple[Callable[[], Any], str, Any]] = [
     (decision, "log_probs_BK", torch.zeros(B + 1, K)),
     (decision, "log_probs_BK", torch.zeros(B)),
     (decision, "mask_BK", torch.ones(B, K + 1, dtype=torch.bool)),
-    (decision, "values_B", torch.zeros(B + 1)),
+    (decision, "values_BV", torch.zeros(B + 1, 1)),
+    (decision, "values_BV", torch.zeros(B, 2)),
     (decision, "trace", {"x": torch.zeros(B + 1, 9)}),
     (step, "rewards_BC", torch.zeros(B + 1, C)),
     (step, "valid_BC", torch.ones(B, C + 1, dtype=torch.bool)),
@@ -87,7 +93,8 @@ WRONG: list[tuple[Callable[[], Any], str, Any]] = [
     (step, "metrics", {"success": torch.zeros(B + 1)}),
     (episodes, "returns_M", torch.zeros(B + 1)),
     (episodes, "metrics", {"distance": torch.zeros(B - 1)}),
-    (rollout, "values_TB", torch.zeros(T, B + 1)),
+    (rollout, "values_TBV", torch.zeros(T, B + 1, 1)),
+    (rollout, "values_TBV", torch.zeros(T, B, K - 1)),
     (rollout, "next_values_TB", torch.zeros(T + 1, B)),
     (rollout, "log_probs_TBK", torch.zeros(T, B)),
     (rollout, "mask_TBK", torch.ones(T, B, K + 1, dtype=torch.bool)),
@@ -95,8 +102,8 @@ WRONG: list[tuple[Callable[[], Any], str, Any]] = [
     (batch, "mask_NK", torch.ones(B, K + 1, dtype=torch.bool)),
     (batch, "advantages_NJ", torch.zeros(B + 1, 1)),
     (batch, "advantages_NJ", torch.zeros(B, K + 1)),
-    (batch, "returns_NJ", torch.zeros(B)),
-    (batch, "old_values_NJ", torch.zeros(B, 2)),
+    (batch, "returns_NV", torch.zeros(B)),
+    (batch, "old_values_NV", torch.zeros(B, 2)),
     (batch, "reference_log_probs_NK", torch.zeros(B, K + 1)),
     (batch, "trace", {"x": torch.zeros(B + 1)}),
     (examples, "actions_BHA", torch.zeros(B, A)),
@@ -180,7 +187,7 @@ def test_a_batch_moves_all_of_its_rows_together() -> None:
     assert len(picked) == 2
     assert picked.trace["x"][:, 0].tolist() == [4, 0]
     assert picked.old_log_probs_NK[:, 0].tolist() == [2, 0] and picked.mask_NK[:, 0].tolist() == [True, False]
-    columns = (picked.advantages_NJ[:, 0], picked.returns_NJ[:, 0], picked.old_values_NJ[:, 0])
+    columns = (picked.advantages_NJ[:, 0], picked.returns_NV[:, 0], picked.old_values_NV[:, 0])
     assert [column.tolist() for column in columns] == [[2, 0], [3, 1], [4, 2]]
     assert picked.reference_log_probs_NK is not None and picked.reference_log_probs_NK[:, 0].tolist() == [1, -1]
     assert batch().select(torch.tensor([0])).reference_log_probs_NK is None

@@ -101,7 +101,7 @@ def policy() -> Linear:
 def batch(policy: Linear) -> Batch:
     x = torch.randn(N, S, dtype=torch.float64)
     scored = policy.evaluate({"x": x})
-    assert scored.values_NJ is not None
+    assert scored.values_NV is not None
     noise_NK = 0.3 * torch.randn(N, K, dtype=torch.float64)
     mask_NK = torch.rand(N, K) < 0.6
     mask_NK[3] = False
@@ -110,8 +110,8 @@ def batch(policy: Linear) -> Batch:
         old_log_probs_NK=scored.log_probs_NK.detach() + noise_NK,
         mask_NK=mask_NK,
         advantages_NJ=torch.randn(N, 1, dtype=torch.float64),
-        returns_NJ=torch.randn(N, 1, dtype=torch.float64),
-        old_values_NJ=scored.values_NJ.detach() + 0.3 * torch.randn(N, 1, dtype=torch.float64),
+        returns_NV=torch.randn(N, 1, dtype=torch.float64),
+        old_values_NV=scored.values_NV.detach() + 0.3 * torch.randn(N, 1, dtype=torch.float64),
         reference_log_probs_NK=scored.log_probs_NK.detach() - noise_NK,
     )
 
@@ -244,7 +244,7 @@ def test_every_epoch_sees_every_row_once_in_minibatches_of_its_own(policy: Linea
             context = algorithm.contexts[piece]
             assert context.units == int(masks_NK[first:last].sum())
             trained = advantages_NJ[first:last, 0][masks_NK[first:last].any(1)].tolist()
-            assert context.samples == context.decisions == len(trained)
+            assert context.samples == context.values == len(trained)
             assert context.advantage_mean == pytest.approx(fmean(trained)) and context.advantage_std == pytest.approx(
                 stdev(trained)
             )
@@ -255,11 +255,20 @@ def test_decisions_of_a_sample_are_counted_one_by_one(policy: Linear, batch: Bat
     each_NJ = torch.randn(N, K, dtype=torch.float64)
     algorithm = Reporting([])
     algorithm.epochs = algorithm.minibatches = 1
-    many = replace(batch, advantages_NJ=each_NJ, returns_NJ=each_NJ, old_values_NJ=each_NJ)
+    many = replace(batch, advantages_NJ=each_NJ, returns_NV=each_NJ, old_values_NV=each_NJ)
     update_of(policy, algorithm, real_optimization(policy)).run(many, 0)
     (context,), trained = algorithm.contexts, each_NJ[batch.mask_NK].tolist()
-    assert (context.units, context.decisions, context.samples) == (len(trained), len(trained), int(batch.mask_NK.any(1).sum()))
-    assert context.samples < context.decisions
+    assert (context.units, context.values, context.samples) == (len(trained), len(trained), int(batch.mask_NK.any(1).sum()))
+    assert context.samples < context.values
+    assert (context.advantage_mean, context.advantage_std) == (pytest.approx(fmean(trained)), pytest.approx(stdev(trained)))
+
+
+def test_advantages_of_units_are_put_on_the_scale_of_units(policy: Linear, batch: Batch) -> None:
+    algorithm = Reporting([])
+    algorithm.epochs = algorithm.minibatches = 1
+    units_NK = torch.randn(N, K, dtype=torch.float64)
+    update_of(policy, algorithm, real_optimization(policy)).run(replace(batch, unit_advantages_NK=units_NK), 0)
+    (context,), trained = algorithm.contexts, units_NK[batch.mask_NK].tolist()
     assert (context.advantage_mean, context.advantage_std) == (pytest.approx(fmean(trained)), pytest.approx(stdev(trained)))
 
 
@@ -312,7 +321,7 @@ def test_too_many_skipped_updates_stop_the_run_with_a_sentence(policy: Linear, b
 def rollout_of(policy: Linear) -> Rollout:
     x = torch.randn(3, 4, S, dtype=torch.float64)
     scored = policy.evaluate({"x": x.flatten(0, 1)})
-    assert scored.values_NJ is not None
+    assert scored.values_NV is not None
     done_TB = torch.tensor([[False] * 4, [False] * 4, [True] * 4])
     valid_TB = torch.ones(3, 4, dtype=torch.bool)
     valid_TB[2, 1] = False
@@ -321,7 +330,7 @@ def rollout_of(policy: Linear) -> Rollout:
         log_probs_TBK=scored.log_probs_NK.detach().reshape(3, 4, K),
         mask_TBK=torch.ones(3, 4, K, dtype=torch.bool),
         rewards_TB=torch.randn(3, 4, dtype=torch.float64),
-        values_TB=scored.values_NJ.detach().reshape(3, 4),
+        values_TBV=scored.values_NV.detach().reshape(3, 4, 1),
         next_values_TB=torch.zeros(3, 4, dtype=torch.float64),
         valid_TB=valid_TB,
         terminated_TB=done_TB,

@@ -72,15 +72,15 @@ CONVERSATIONS = [
     (
         "ppo: decisions that are not trained teach the critic",
         "mmrl/algorithms/ppo.py",
-        "            batch.trained_NJ,\n",
-        "            batch.trained_NJ | True,\n",
+        "            batch.trained_NV,\n",
+        "            batch.trained_NV | True,\n",
         "tests/algorithms/test_ppo.py::test_the_loss_equals_a_naive_twin",
     ),
     (
         "updates: a sample counts as one decision",
         "mmrl/updates.py",
-        "decisions=max(int(sampled.sum()), 1)",
-        "decisions=max(int(trained.any(1).sum()), 1)",
+        "values=max(int(batch.trained_NV.sum()), 1)",
+        "values=max(int(trained.any(1).sum()), 1)",
         "tests/core/test_updates.py::test_decisions_of_a_sample_are_counted_one_by_one",
     ),
     (

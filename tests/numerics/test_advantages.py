@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mmrl.numerics.advantages import (
     gae,
+    gae_of_units,
     group_relative,
     overlong_penalty,
     peer_relative,
@@ -107,6 +108,94 @@ def test_a_terminated_decision_ignores_what_came_after_even_nan():
     advantages, _ = gae(rewards, values, next_values, terminated, truncated, gamma=0.99, lam=0.95)
     assert advantages.isfinite().all()
     close(advantages[2], rewards[2] - values[2])
+
+
+def naive_gae_of_units(rewards_T, values_TV, next_values_T, there_TV, terminated_T, truncated_T, *, gamma, lam, earned_TV):
+    """One environment, by lists of the units of an episode: what is shown between decisions is no step."""
+    worth = [[0.0] * len(row) for row in there_TV]
+    units, rewards = [], []
+    for t, row in enumerate(there_TV):
+        for v, there in enumerate(row):
+            if there:
+                units.append((t, v))
+                rewards.append(earned_TV[t][v])
+        if units:
+            rewards[-1] += rewards_T[t]  # where the decision has no unit, this is one of a decision before
+        if terminated_T[t] or truncated_T[t] or t == len(there_TV) - 1:
+            values = [values_TV[u][v] for u, v in units] + [0.0 if terminated_T[t] else next_values_T[t]]
+            errors = [reward + gamma * values[i + 1] - values[i] for i, reward in enumerate(rewards)]
+            for i, (u, v) in enumerate(units):
+                worth[u][v] = sum((gamma * lam) ** (j - i) * errors[j] for j in range(i, len(errors)))
+            units, rewards = [], []
+    return worth
+
+
+def random_units(seed, t, b, v):
+    """A rollout whose decisions have any number of v units; the rest is NaN. Where an episode goes on, so do the values."""
+    rewards, _, final, terminated, truncated = random_rollout(seed, t, b)
+    generator = torch.Generator().manual_seed(seed + 1)
+    there = torch.arange(v) < torch.randint(0, v + 1, (t, b, 1), generator=generator)
+    values, earned = torch.randn(2, t, b, v, dtype=torch.float64, generator=generator).masked_fill(~there, math.nan).unbind()
+    following = torch.cat([values[1:, :, 0], final[-1:]])
+    return rewards, values, torch.where(terminated | truncated, final, following), there, terminated, truncated, earned
+
+
+@pytest.mark.parametrize("v", [1, 2, 4])
+@pytest.mark.parametrize(("gamma", "lam"), [(0.9, 0.8), (1.0, 0.95)])
+@pytest.mark.parametrize("seed", range(4))
+def test_gae_of_units_is_its_definition(seed, gamma, lam, v):
+    b = 12
+    *rollout, earned = random_units(10 * seed, 6, b, v)
+    advantages, returns = gae_of_units(*rollout, gamma=gamma, lam=lam, earned_TBV=earned)
+    there = rollout[3]
+    for env in range(b):
+        lists = (x[:, env].tolist() for x in rollout)
+        want = naive_gae_of_units(*lists, gamma=gamma, lam=lam, earned_TV=earned[:, env].tolist())
+        close(advantages[:, env], torch.tensor(want, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+    close(returns, torch.where(there, advantages + rollout[1], 0), rtol=0, atol=1e-12)
+
+
+def test_gae_of_units_by_hand():
+    """gamma 0.5, lam 0.5; a conversation of two turns, of two tokens and of one, and a last one that was cut before its first.
+
+    The first turn is paid 1, the second 2, and the third 4, which is the second's as well; then time is up, at a value of 8.
+    d3 = 2 + 4 + .5*8 - 3 = 7; d2 = 1 + .5*3 - 2 = 0.5, across the turns; d1 = 0 + .5*2 - 1 = 0.
+    A3 = 7; A2 = 0.5 + .25*7 = 2.25; A1 = 0 + .25*2.25 = 0.5625.
+    """
+    rewards, following = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[3.0], [0.0], [8.0]])
+    values = torch.tensor([[[1.0, 2.0]], [[3.0, math.nan]], [[0.0, math.nan]]])
+    there = torch.tensor([[[True, True]], [[True, False]], [[False, False]]])
+    never, truncated = torch.zeros(3, 1, dtype=torch.bool), torch.tensor([[False], [False], [True]])
+    advantages, returns = gae_of_units(rewards, values, following, there, never, truncated, gamma=0.5, lam=0.5)
+    assert advantages[:, 0].tolist() == [[0.5625, 2.25], [7, 0], [0, 0]] and returns[:, 0].tolist() == [
+        [1.5625, 4.25],
+        [10, 0],
+        [0, 0],
+    ]
+
+
+def test_without_discount_a_unit_s_advantage_is_the_return_less_its_value():
+    rewards, values, following, there, _, truncated, _ = random_units(5, 6, 3, 4)
+    ends = torch.arange(6)[:, None].expand(6, 3) == 5
+    truncated, following = (
+        torch.zeros_like(truncated),
+        torch.where(ends, following, torch.cat([values[1:, :, 0], following[-1:]])),
+    )
+    advantages, returns = gae_of_units(rewards, values, following, there, ends, truncated, gamma=1.0, lam=1.0)
+    for t, b, v in there.nonzero().tolist():
+        to_come = float(rewards[t:, b].sum())
+        assert float(returns[t, b, v]) == pytest.approx(to_come, rel=1e-10)
+        assert float(advantages[t, b, v]) == pytest.approx(to_come - float(values[t, b, v]), rel=1e-10)
+    assert int(there.sum()) > 20
+
+
+def test_gae_of_single_units_is_gae():
+    rewards, values, following, terminated, truncated = random_rollout(6, 7, 5)
+    everything = torch.ones(7, 5, 1, dtype=torch.bool)
+    flags = terminated, truncated
+    units = gae_of_units(rewards, values[..., None], following, everything, *flags, gamma=0.9, lam=0.8)
+    for ours, theirs in zip(units, gae(rewards, values, following, *flags, gamma=0.9, lam=0.8), strict=True):
+        assert torch.equal(ours[..., 0], theirs)
 
 
 def naive_group_relative(rewards, scale, baseline, eps):

@@ -66,7 +66,7 @@ def test_gaussian_scores_are_those_of_torch_distributions() -> None:
     expected = normal.log_prob(decision.action[:, 0].double()).sum(1)
     torch.testing.assert_close(scored.log_probs_NK[:, 0].double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scored.entropy_NK[:, 0].double(), normal.entropy().sum(1).expand(6), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(scored.values_NJ[:, 0].double(), network(policy.critic_trunk, policy.critic, states(6))[:, 0])
+    torch.testing.assert_close(scored.values_NV[:, 0].double(), network(policy.critic_trunk, policy.critic, states(6))[:, 0])
 
 
 def test_categorical_scores_are_those_of_torch_distributions() -> None:
@@ -168,7 +168,7 @@ def test_another_seed_gives_other_weights_and_the_global_generator_stays() -> No
 def test_only_a_shared_critic_moves_the_actor(critic: str, touched: bool) -> None:
     policy = build(choices=(2,), critic=critic)
     trace = policy.act(observation(states(5)), tiny.draws(0, 5), explore=True).trace
-    values = policy.evaluate(trace).values_NJ
+    values = policy.evaluate(trace).values_NV
     assert values is not None
     values.sum().backward()
     assert any(p.grad is not None and bool(p.grad.any()) for p in policy.trainable()["actor"]) is touched
@@ -278,7 +278,7 @@ def test_a_saved_policy_loads_from_its_folder(tmp_path: Path) -> None:
     )
     ours, theirs = (p.act(observation(states(5)), tiny.draws(2, 5), explore=True) for p in (policy, loaded))
     assert torch.equal(ours.action, theirs.action) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
-    assert ours.values_B is not None and torch.equal(ours.values_B, theirs.values_B)
+    assert ours.values_BV is not None and torch.equal(ours.values_BV, theirs.values_BV)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_field(tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ def test_a_saved_policy_acts_the_same(architecture: str, tmp_path: Path, train: 
         ours, theirs = decide(policy, explore=explore), decide(twin, explore=explore)
         same(ours.action, theirs.action)
         same(ours.log_probs_BK, theirs.log_probs_BK)
-    assert ours.values_B is not None and theirs.values_B is not None
-    same(ours.values_B, theirs.values_B)
+    assert ours.values_BV is not None and theirs.values_BV is not None
+    same(ours.values_BV, theirs.values_BV)
 
 
 def test_nothing_is_pickled(architecture: str, tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_heads_of_another_kind_start_afresh(architecture: str, tmp_path: Path) -
     policy = tiny.build(architecture, critic=CriticConfig(inputs=("state_token",), hidden=(16,)))
     policy.save(tmp_path)
     for other in (CriticConfig(inputs=("suffix",), hidden=(16,)), CriticConfig(inputs=("state_token",), hidden=(8,))):
-        values = decide(reopened(tmp_path, critic=other), explore=True).values_B
+        values = decide(reopened(tmp_path, critic=other), explore=True).values_BV
         assert values is not None and torch.equal(values, torch.zeros(5))
     reopened(tmp_path, critic=None).save(tmp_path)
     assert not (tmp_path / HEADS_FILE).exists()
@@ -81,8 +81,8 @@ def test_a_state_dict_carries_everything(architecture: str, fields: dict[str, An
     twin.load_state_dict({name: tensor.clone() for name, tensor in policy.state_dict().items()})
     ours, theirs = decide(policy, explore=True), decide(twin, explore=True)
     assert torch.equal(ours.action, theirs.action) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
-    if ours.values_B is not None:
-        assert theirs.values_B is not None and torch.equal(ours.values_B, theirs.values_B)
+    if ours.values_BV is not None:
+        assert theirs.values_BV is not None and torch.equal(ours.values_BV, theirs.values_BV)
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------

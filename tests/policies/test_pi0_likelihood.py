@@ -57,8 +57,8 @@ def test_scoring_again_gives_the_same_bits(
     )
     decision, scored = act_and_score(policy)
     assert torch.equal(scored.log_probs_NK, decision.log_probs_BK)
-    assert scored.values_NJ is not None and decision.values_B is not None
-    assert torch.equal(scored.values_NJ[:, 0], decision.values_B)
+    assert scored.values_NV is not None and decision.values_BV is not None
+    assert torch.equal(scored.values_NV, decision.values_BV)
     assert decision.log_probs_BK.isfinite().all() and (decision.log_probs_BK != 0).all()
 
 
@@ -85,8 +85,8 @@ def test_bfloat16_weights_leave_chain_and_densities_in_float32(architecture: str
         assert decision.trace[name].dtype == torch.float32, name
     assert decision.log_probs_BK.dtype == scored.log_probs_NK.dtype == decision.action.dtype == torch.float32
     assert torch.equal(scored.log_probs_NK, decision.log_probs_BK)
-    assert scored.values_NJ is not None and decision.values_B is not None
-    assert torch.equal(scored.values_NJ[:, 0], decision.values_B) and scored.values_NJ.dtype == torch.float32
+    assert scored.values_NV is not None and decision.values_BV is not None
+    assert torch.equal(scored.values_NV, decision.values_BV) and scored.values_NV.dtype == torch.float32
 
 
 # -- an independent loop in float64 ------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_exploration_moves_the_action_and_its_absence_does_not(architecture: str
     decision = policy.act(tiny.observation(5), tiny.draws(3), explore=True)
     still = policy.act(tiny.observation(5), tiny.draws(3), explore=False)
     assert (decision.action - still.action).abs().mean() > 1e-3
-    assert still.trace == {} and still.values_B is None
+    assert still.trace == {} and still.values_BV is None
 
 
 # -- flow noise --------------------------------------------------------------------------------------------------------
@@ -296,9 +296,9 @@ CriticInputs = tuple[Literal["prefix", "state_token", "suffix"], ...]
 
 
 def values_of(policy: Pi0, seed: int) -> Tensor:
-    values = policy.act(tiny.observation(5), tiny.draws(seed), explore=True).values_B
+    values = policy.act(tiny.observation(5), tiny.draws(seed), explore=True).values_BV
     assert values is not None
-    return values
+    return values[:, 0]
 
 
 @pytest.mark.parametrize("stochastic_steps", ["one", "all"])
@@ -323,9 +323,9 @@ def test_a_critic_that_knows_the_time_says_other_values_later_and_nothing_else_c
     early, late = (replace(tiny.observation(5), elapsed_B=torch.full((5,), n)) for n in (0, 3))
     ours, theirs = (policy.act(seen, tiny.draws(1), explore=True) for seen in (early, late))
     assert torch.equal(ours.action, theirs.action) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
-    assert ours.values_B is not None and theirs.values_B is not None
-    assert (ours.values_B - theirs.values_B).abs().min() > 1e-3
-    torch.testing.assert_close(policy.value(late, tiny.draws(3)), theirs.values_B, rtol=1e-5, atol=1e-6)
+    assert ours.values_BV is not None and theirs.values_BV is not None
+    assert (ours.values_BV - theirs.values_BV).abs().min() > 1e-3
+    torch.testing.assert_close(policy.value(late, tiny.draws(3)), theirs.values_BV[:, 0], rtol=1e-5, atol=1e-6)
     with pytest.raises(MMRLError, match="inputs has 'time'"):
         policy.act(tiny.observation(5), tiny.draws(1), explore=True)
     policy.act(tiny.observation(5), tiny.draws(1), explore=False)  # asks no critic

@@ -36,7 +36,7 @@ def likelihood(policy: Pi0) -> Tensor:
 def value(policy: Pi0) -> Tensor:
     decision = policy.act(tiny.observation(5), tiny.draws(1), explore=True)
     with policy.compute_mode(train=True):
-        values = policy.evaluate(decision.trace).values_NJ
+        values = policy.evaluate(decision.trace).values_NV
     assert values is not None
     return values.square().sum()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from mmrl.algorithms.grpo import GRPO
+from mmrl.algorithms.ppo import PPO
 from mmrl.batching import make_batch
 from mmrl.errors import MMRLError
 from mmrl.messages import Message
-from mmrl.types import Batch
+from mmrl.rollout import Collector
+from mmrl.types import Batch, Step
 from policies.chat_parts.pieces import Heard
 from tests.policies import chat_play, tiny_chat
 from tests.policies.chat_play import play
@@ -192,9 +195,13 @@ def test_tokens_are_drawn_with_their_probabilities(folders: Callable[..., Path])
 # -- scoring again -----------------------------------------------------------------------------------------------------
 
 
-def test_scoring_whole_conversations_gives_the_numbers_of_acting(make: Callable[..., Any]) -> None:
+GRANULARITIES = pytest.mark.parametrize("granularity", ["turn", "token"])
+
+
+@GRANULARITIES
+def test_scoring_whole_conversations_gives_the_numbers_of_acting(granularity: str, make: Callable[..., Any]) -> None:
     """Through the collector: conversations of one to three turns, packed by episode; log-probs, mask and values."""
-    policy = make(critic={"hidden": (8,)}, score_chunk=7)
+    policy = make(critic={"hidden": (8,), "granularity": granularity}, score_chunk=7)
     torch.nn.init.normal_(policy.critic.net[-1].weight)
     rollout = chat_play.collect(policy)
     packing = policy.pack(rollout)
@@ -205,8 +212,80 @@ def test_scoring_whole_conversations_gives_the_numbers_of_acting(make: Callable[
     assert int(there.sum()) == int(packing.trace["count"].sum())  # type: ignore[union-attr]
     torch.testing.assert_close(evaluation.log_probs_NK[there], batch.old_log_probs_NK[there], rtol=0, atol=1e-10)
     assert (evaluation.log_probs_NK[~there] == 0).all() and (evaluation.entropy_NK[~there] == 0).all()
-    torch.testing.assert_close(evaluation.values_NJ.float(), batch.old_values_NJ, rtol=0, atol=1e-6)
-    assert batch.old_values_NJ[packing.index_NJ >= 0].std() > 0.1
+    torch.testing.assert_close(evaluation.values_NV.float(), batch.old_values_NV, rtol=0, atol=1e-6)
+    assert batch.old_values_NV[there if granularity == "token" else packing.index_NJ >= 0].std() > 0.1
+    assert torch.equal(batch.trained_NV, there if granularity == "token" else packing.index_NJ >= 0)
+
+
+def speaker(folder: Path, granularity: str = "token", **fields: Any) -> Any:
+    policy = chat_play.quick(tiny_chat.build(folder, critic={"hidden": (8,), "granularity": granularity}, **(HALF | fields)))
+    torch.nn.init.normal_(policy.critic.net[-1].weight)
+    return policy
+
+
+def test_a_token_s_value_is_read_where_it_is_drawn_from(folders: Callable[..., Path]) -> None:
+    """Off the hidden states of transformers' own model at the tokens before, which know nothing of the token."""
+    policy = speaker(folders("qwen2_5_vl"))
+    played = play(policy, TALKS)
+    for b, pieces in enumerate(played.rows()):
+        policy.model.base_model.rope_deltas = None
+        with torch.no_grad():
+            hidden_LW = policy.model.base_model(**chat_play.inputs(policy, pieces)).last_hidden_state[0]
+            theirs = policy.critic(hidden_LW[chat_play.said_places(pieces) - 1])
+        ours = torch.cat([decision.values_BV[b][decision.mask_BK[b]] for decision in played.decisions])  # type: ignore[index]
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=1e-6)
+        assert ours.std() > 0.01
+
+
+@GRANULARITIES
+def test_values_are_the_same_where_an_engine_shows_no_hidden_states(granularity: str, folders: Callable[..., Path]) -> None:
+    policy = speaker(folders("qwen2_5_vl"), granularity)
+    shown = play(policy, TALKS, forget=True)
+    generate = policy.engine.generate
+    policy.engine.generate = lambda *args: replace(generate(*args), hidden_BW=None, values_BK=None)
+    hidden = play(policy, TALKS, forget=True)
+    for ours, theirs in zip(hidden.decisions, shown.decisions, strict=True):
+        assert ours.values_BV is not None and theirs.values_BV is not None
+        torch.testing.assert_close(ours.values_BV, theirs.values_BV, rtol=0, atol=1e-6)
+
+
+class Cut(chat_play.Quiz):
+    """Its odd tasks end because time is up."""
+
+    def step(self, actions: Any) -> Step:
+        step, odd_B = super().step(actions), self.tasks_B % 2 == 1
+        return replace(step, terminated_B=step.terminated_B & ~odd_B, truncated_B=step.terminated_B & odd_B)
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_what_follows_a_token_is_the_next_one_that_the_policy_says(bootstrap: bool, folders: Callable[..., Path]) -> None:
+    """Advantages of tokens, from the collector to the batch, against lists of all that each conversation said."""
+    policy = speaker(folders("qwen2_5_vl"))
+    quiz: Any = Cut(6)
+    collector = Collector([quiz], decisions=3, seed=0, device=tiny_chat.CPU, auto_reset=False)
+    rollout = collector.collect(policy, policy.value)
+    rollout = replace(rollout, rewards_TB=rollout.rewards_TB + 0.1 * rollout.valid_TB)  # every turn is paid
+    config = PPO.Config(gamma=0.9, lam=0.8, normalize_advantages=None, bootstrap_truncated=bootstrap)
+    batch = make_batch(rollout, PPO(config).advantages(rollout), policy)
+    for n, (task, places) in enumerate(zip(range(6), policy.pack(rollout).index_NJ, strict=True)):
+        turns = [(int(place) // 6, int(place) % 6) for place in places if place >= 0]
+        assert [slot for _, slot in turns] == [task] * (task % 3 + 1)
+        rewards, values = [], []
+        for t, slot in turns:
+            said = rollout.values_TBV[t, slot][rollout.mask_TBK[t, slot]].tolist()
+            values += said
+            rewards += [*[0.0] * (len(said) - 1), float(rollout.rewards_TB[t, slot])]
+        end = policy.value(chat_play.observe([quiz.talks[task]]), chat_play.draws(1))
+        values.append(float(end) if bootstrap and task % 2 else 0.0)
+        worth = 0.0
+        expected = []
+        for i in reversed(range(len(rewards))):
+            worth = rewards[i] + 0.9 * values[i + 1] - values[i] + 0.9 * 0.8 * worth
+            expected.insert(0, worth)
+        there_K = batch.mask_NK[n]
+        assert batch.advantages_NK[n][there_K].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        returns = [a + v for a, v in zip(expected, values, strict=False)]
+        assert batch.returns_NV[n][there_K].tolist() == pytest.approx(returns, rel=1e-4, abs=1e-5)
 
 
 def batch_of(policy: Any, rollout: Any) -> Batch:
@@ -254,15 +333,16 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert float((a - b).abs().max()) < 1e-6 * (1 + float(b.abs().max())), name
 
 
-def test_micro_batches_add_up_to_the_whole_gradient(make: Callable[..., Any]) -> None:
-    policy = make(critic={"hidden": (8,), "detach": False})
+@GRANULARITIES
+def test_micro_batches_add_up_to_the_whole_gradient(granularity: str, make: Callable[..., Any]) -> None:
+    policy = make(critic={"hidden": (8,), "detach": False, "granularity": granularity})
     torch.nn.init.normal_(policy.critic.net[-1].weight)
     batch = batch_of(policy, chat_play.collect(policy))
 
     def loss(part: Batch) -> Tensor:
         evaluation = policy.evaluate(part.trace)
         units = evaluation.log_probs_NK * part.per_unit(part.advantages_NJ) * part.mask_NK
-        return units.sum() + 0.1 * evaluation.entropy_NK.sum() + (evaluation.values_NJ - 1).square()[part.trained_NJ].sum()
+        return units.sum() + 0.1 * evaluation.entropy_NK.sum() + (evaluation.values_NV - 1).square()[part.trained_NV].sum()
 
     whole = gradients(policy, loss(batch))
     parts = [gradients(policy, loss(batch.select(torch.tensor(rows)))) for rows in ([4, 0], [1], [5, 2, 3])]
@@ -284,14 +364,16 @@ def test_scoring_with_checkpoints_of_activations_is_the_same(make: Callable[...,
     same(found[1], found[0])
 
 
-def test_values_of_what_is_seen_are_those_of_acting(make: Callable[..., Any]) -> None:
-    policy = make(critic={"hidden": (8,)})
+@GRANULARITIES
+def test_values_of_what_is_seen_are_those_of_acting(granularity: str, make: Callable[..., Any]) -> None:
+    policy = make(critic={"hidden": (8,), "granularity": granularity})
     torch.nn.init.normal_(policy.critic.net[-1].weight)
     played = play(policy, TALKS)
     for turn, decision in enumerate(played.decisions):
         values_B = policy.value(chat_play.observe(played.talks[turn]), chat_play.draws(len(TALKS), turn))
-        torch.testing.assert_close(values_B.float(), decision.values_B, rtol=0, atol=1e-6)
-        assert decision.values_B is not None and decision.values_B.std() > 0
+        assert decision.values_BV is not None
+        torch.testing.assert_close(values_B.float(), decision.values_BV[:, 0], rtol=0, atol=1e-6)
+        assert decision.values_BV.std() > 0
 
 
 def test_the_temperature_divides_what_is_drawn_and_what_is_scored(folders: Callable[..., Path]) -> None:

@@ -412,7 +412,7 @@ def test_a_conversation_that_is_too_long_trains_nothing(build: Callable[..., Any
     decision = policy.act(chat_play.observe(talks), chat_play.draws(3), explore=True)
     silent, speaking, _ = decision.action.tolist()
     assert silent.token_ids == () and silent.finish == "length" and speaking.token_ids
-    assert decision.mask_BK.any(1).tolist() == [False, True, False] and decision.values_B[0] == 0
+    assert decision.mask_BK.any(1).tolist() == [False, True, False] and decision.values_BV[0] == 0
     alone = policy.act(chat_play.observe(talks[1:2]), chat_play.draws(3).select(torch.tensor([1])), explore=True)
     assert alone.action.tolist()[0].token_ids == speaking.token_ids
     scores_again(policy, chat_play.Played([decision], []))

@@ -252,7 +252,7 @@ def test_a_detached_critic_s_loss_stops_at_the_head(build: Callable[..., Any]) -
         policy = build(critic={"hidden": (8,), "detach": detach})
         torch.nn.init.normal_(policy.critic.net[-1].weight)
         trace = policy.pack(chat_play.collect(policy)).trace
-        policy.evaluate(trace).values_NJ.square().sum().backward()
+        policy.evaluate(trace).values_NV.square().sum().backward()
         assert all(p.grad is not None for p in policy.critic.parameters())
         assert any(p.grad is not None for p in policy.model.parameters()) == (not detach)
 
@@ -286,7 +286,10 @@ def test_what_is_saved_is_transformers_own_folder_and_opens_again(make: Callable
     assert loaded.fingerprint() == policy.fingerprint()
     ours, theirs = (play(some, [tiny_chat.opening(2, 2)]) for some in (policy, loaded))
     torch.testing.assert_close(ours.log_probs(0), theirs.log_probs(0), rtol=0, atol=1e-12)
-    torch.testing.assert_close(ours.decisions[0].values_B, theirs.decisions[0].values_B, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.decisions[0].values_BV, theirs.decisions[0].values_BV, rtol=0, atol=1e-6)
+    assert loaded.critic is not None and loaded.critic.net[-1].weight.any()
+    other = tiny_chat.build(tmp_path, critic={"hidden": (8,), "granularity": "token"})
+    assert other.critic is not None and not other.critic.net[-1].weight.any(), "values of turns are none of tokens"
     plain, words = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert words.chat_template == policy.ears.tokenizer.chat_template
     state = policy.model.state_dict()

@@ -43,9 +43,9 @@ def reopened(folder: Path, **fields: Any) -> TokenVLA:
 
 def assert_same(ours: Decision, theirs: Decision) -> None:
     assert torch.equal(ours.action, theirs.action) and torch.equal(ours.log_probs_BK, theirs.log_probs_BK)
-    assert (ours.values_B is None) == (theirs.values_B is None)
-    if ours.values_B is not None and theirs.values_B is not None:
-        assert torch.equal(ours.values_B, theirs.values_B)
+    assert (ours.values_BV is None) == (theirs.values_BV is None)
+    if ours.values_BV is not None and theirs.values_BV is not None:
+        assert torch.equal(ours.values_BV, theirs.values_BV)
 
 
 # -- save and load -----------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_adapters_are_merged_when_saved(folder: str, tmp_path: Path) -> None:
 def test_a_critic_of_another_kind_starts_afresh(paligemma: str, tmp_path: Path) -> None:
     tiny_vla.build(paligemma, critic=CriticConfig(hidden=(16,))).save(tmp_path)
     for other in (CriticConfig(input="first_action", hidden=(16,)), CriticConfig(hidden=(8,))):
-        values = decide(reopened(tmp_path, critic=other)).values_B
+        values = decide(reopened(tmp_path, critic=other)).values_BV
         assert values is not None and torch.equal(values, torch.zeros(5))
     reopened(tmp_path, critic=None).save(tmp_path)
     assert not (tmp_path / HEADS_FILE).exists()
@@ -186,7 +186,7 @@ def test_policies_that_do_not_fit_their_checkpoint_are_refused(paligemma: str, f
 
 def test_without_a_critic_there_is_no_value(paligemma: str) -> None:
     policy = tiny_vla.build(paligemma, critic=None)
-    assert not policy.has_critic and decide(policy).values_B is None
+    assert not policy.has_critic and decide(policy).values_BV is None
     assert TokenVLA.lacks(policy.config) == {"critic": ("critic", "is null; give the policy one, or use grpo")}
     assert TokenVLA.lacks(tiny_vla.config(paligemma)) == {}
     with pytest.raises(MMRLError, match="the policy has no critic"):

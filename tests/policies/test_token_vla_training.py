@@ -43,7 +43,7 @@ def likelihood(policy: TokenVLA) -> Tensor:
 
 def value(policy: TokenVLA) -> Tensor:
     decision = policy.act(tiny_vla.observation(5), tiny.draws(1), explore=True)
-    values = policy.evaluate(decision.trace).values_NJ
+    values = policy.evaluate(decision.trace).values_NV
     assert values is not None
     return values.square().sum()
 
@@ -184,19 +184,17 @@ def test_ppo_makes_what_is_rewarded_likelier(folder: str, granularity: str) -> N
     wins, values = [], []
     for iteration in range(12):
         decision = policy.act(seen, tiny.draws(iteration, rows), explore=True)
-        assert decision.values_B is not None
+        assert decision.values_BV is not None
         reward_N = (decision.action[:, 0, 0] > 0.25).float()
         wins.append(float(reward_N.mean()))
-        values.append(float(decision.values_B.mean()))
+        values.append(float(decision.values_BV.mean()))
         reward_NJ = reward_N[:, None]
         advantages_NJ = reward_NJ - reward_NJ.mean()
-        batch = Batch(
-            decision.trace, decision.log_probs_BK, decision.mask_BK, advantages_NJ, reward_NJ, decision.values_B[:, None]
-        )
+        batch = Batch(decision.trace, decision.log_probs_BK, decision.mask_BK, advantages_NJ, reward_NJ, decision.values_BV)
         for _ in range(2):
             units = int(batch.mask_NK.sum())
             loss = algorithm.loss(
-                policy, batch, LossContext(units=units, decisions=rows, samples=rows, iteration=iteration, advantage_std=0.5)
+                policy, batch, LossContext(units=units, values=rows, samples=rows, iteration=iteration, advantage_std=0.5)
             )
             optimizer.zero_grad()
             loss.value.backward()

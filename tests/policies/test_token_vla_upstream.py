@@ -165,7 +165,7 @@ def test_log_probs_entropy_and_values_are_the_plain_model_s(folder: str, attenti
     assert (inputs["prompt"] == PADDING).any(), "no padding, so the test would not see it attended to"
     bins_BK, generated_BK = policy._generate(policy._backbone.encode(inputs), TOKENS, tiny.draws(3))
     scored = policy.evaluate({**inputs, "bins": bins_BK})
-    assert scored.values_NJ is not None and policy.critic is not None
+    assert scored.values_NV is not None and policy.critic is not None
     for b in range(5):
         alone = upstream_inputs(policy, folder, seen, b)
         output = policy.model(**extended(alone, torch.tensor(ids_of(policy))[bins_BK[b : b + 1]]), output_hidden_states=True)
@@ -176,7 +176,7 @@ def test_log_probs_entropy_and_values_are_the_plain_model_s(folder: str, attenti
         close(scored.log_probs_NK[b], expected_K)
         entropy_K = torch.stack([-(row.exp() * row)[row > -torch.inf].sum() for row in log_probs_KV])
         close(scored.entropy_NK[b], entropy_K)
-        close(scored.values_NJ[b, 0], policy.critic(output.hidden_states[-1][:, -TOKENS - 1])[0])
+        close(scored.values_NV[b, 0], policy.critic(output.hidden_states[-1][:, -TOKENS - 1])[0])
 
 
 @torch.no_grad()
@@ -184,11 +184,11 @@ def test_the_critic_may_read_the_first_action_token(folder: str) -> None:
     policy = tiny_vla.build(folder, dtype="float64", critic=CriticConfig(input="first_action"))
     seen = tiny_vla.observation(2)
     decision = policy.act(seen, tiny.draws(1, 2), explore=True)
-    assert decision.values_B is not None and policy.critic is not None
+    assert decision.values_BV is not None and policy.critic is not None
     for b in range(2):
         ids = torch.tensor(ids_of(policy))[decision.trace["bins"][b : b + 1]]
         output = policy.model(**extended(upstream_inputs(policy, folder, seen, b), ids), output_hidden_states=True)
-        close(decision.values_B[b], policy.critic(output.hidden_states[-1][:, -TOKENS])[0])
+        close(decision.values_BV[b, 0], policy.critic(output.hidden_states[-1][:, -TOKENS])[0])
 
 
 @torch.no_grad()

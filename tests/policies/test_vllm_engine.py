@@ -152,7 +152,9 @@ def test_values_are_the_critic_s_own(make: Callable[..., Any]) -> None:
     """vLLM shows no hidden states, so the policy reads the conversation itself."""
     policy = make(critic=CriticOptions(hidden=(8,)))
     decision = policy.act(chat_play.observe(TALKS), chat_play.draws(6), explore=True)
-    torch.testing.assert_close(decision.values_B, policy.value(chat_play.observe(TALKS), chat_play.draws(6)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        decision.values_BV[:, 0], policy.value(chat_play.observe(TALKS), chat_play.draws(6)), rtol=0, atol=1e-6
+    )
 
 
 def test_check_policy_tries_the_engine(policy: Any) -> None:
