@@ -6,10 +6,10 @@
 The same weights (by default assets/tiny_sd3_architecture, fresh), prompts, groups, steps, guidance, loss (the branch without
 prompt detached, as published), AdamW and clipping; one update from every rollout. ``plain`` encodes the prompt of every picture,
 makes every step of every picture, asks for both branches at once, and goes back after each step (t2i_step_parts/plain.py).
-``mmrl`` encodes a prompt once, makes what a group shares once (with ``--window``), puts the branch that is detached through no
-backward pass, and takes what it said in the rollout as long as the weights are those (here always; of several updates of a
-rollout, in the first). The floor is the bare passes of the transformer that are left (floor.py), counted for the share of the
-matrix rate.
+``mmrl`` goes back after each step, too, but encodes a prompt once, makes what a group shares once (with ``--window``), puts the
+branch that is detached through no backward pass, and takes what it said in the rollout as long as the weights are those (here
+always; of several updates of a rollout, in the first). Adapters it adds to the weights (policies/shared/whole_adapters.py). The
+floor is the bare passes of the transformer that are left (floor.py), counted for the share of the matrix rate.
 
 ``--window 0`` trains all steps but the last (Flow-GRPO), ``--window 3`` three in a row whose place moves (MixGRPO, Fast), behind
 a prefix that pictures of a prompt share; ``plain`` begins from the same noise there but knows no sharing.

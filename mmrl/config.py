@@ -107,7 +107,7 @@ class StageConfig(Block):
     max_skipped_updates: PositiveInt = 5
     """Updates in a row with a loss or gradient that is not finite before the run stops."""
     micro_batch: PositiveInt | None = None
-    """Samples per forward and backward pass; null takes the whole mini-batch at once."""
+    """Samples per forward and backward pass; null takes the whole mini-batch. Of pictures one denoising step at a time."""
     evaluate_every: NonNegativeInt | None = None
     """Iterations between evaluations within this stage; null: ``evaluation.every``."""
 

@@ -384,6 +384,13 @@ class Batch:
         """Each unit's share of what is known of its decision: [N, K]."""
         return x_NJ.repeat_interleave(self.old_log_probs_NK.shape[1] // x_NJ.shape[1], 1)
 
+    def units(self, piece: slice, trace: Trace) -> Batch:
+        """Some units of every sample, where a sample is one decision; ``trace``: what scores these."""
+        if self.advantages_NJ.shape[1] != 1:
+            raise ShapeError(f"Batch has {self.advantages_NJ.shape[1]} decisions a sample, whose units are not taken apart")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith(("_NK", "_NKD"))}
+        return replace(self, trace=trace, **{name: x if x is None else x[:, piece] for name, x in values.items()})
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """Apply ``fn`` to every tensor (to move it, or to index its rows)."""
         changed = {}

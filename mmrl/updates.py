@@ -33,6 +33,7 @@ from mmrl.protocols import (
 )
 from mmrl.snapshots import Frozen, Snapshot
 from mmrl.types import Batch, Examples, Loss, Rollout, Talks, gather
+from mmrl.units import parts
 
 Merge = Callable[[Iterable[float]], float]
 # How a metric is merged; the mean for every other. The micro-batches' losses are shares of their mini-batch's.
@@ -209,8 +210,7 @@ class RolloutUpdate:
             keys_N = random_keys(len(batch), self.rows_generator)
         self.optimization.zero_grad()
         with self.policy.compute_mode(train=True):
-            for piece in micro_batches(len(batch), self.micro_batch, self._together):
-                part = _rows(batch, piece)
+            for piece, part in parts(batch, self.policy, self.algorithm, self.micro_batch, self._together):
                 if keys_N is not None:
                     context = replace(context, draws=Draws(keys_N[piece]))
                 loss = self.algorithm.loss(self.policy, part, context)
@@ -274,7 +274,3 @@ def _step(optimization: Optimization, policy: Any, loss: float) -> dict[str, flo
     policy.version += not report.skipped
     rates = {f"lr_{name}": value for name, value in report.lr.items()}
     return {"grad_norm": report.grad_norm, "skipped": float(report.skipped), **rates}
-
-
-def _rows(batch: Batch, piece: slice) -> Batch:
-    return batch.map(lambda tensor: tensor[piece])

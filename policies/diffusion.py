@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from policies.diffusion_parts.checks import Trial, checks
 from policies.diffusion_parts.disk import DiskCache
 from policies.diffusion_parts.examples import example_conversations
 from policies.diffusion_parts.guided import Guided
-from policies.diffusion_parts.loading import load_pipeline, pipeline_name
+from policies.diffusion_parts.loading import lay_out, load_pipeline, pipeline_name
 from policies.diffusion_parts.options import Options
 from policies.diffusion_parts.prompts import Embeddings, Kept, Prompt, drawn_in, prompts_of
 from policies.diffusion_parts.sampling import Sampler, Walk
@@ -45,6 +45,7 @@ from policies.shared.adapters import add_adapters, merged
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _NUMBERS = itertools.count()
+_OF_UNITS = ("x_before", "x_after", "step", "apart")  # what a trace holds of every unit
 _SHARED = 7  # names the noise that a group shares, among the streams of a seed
 
 
@@ -92,8 +93,12 @@ class Diffusion(nn.Module):
         self._embeddings = Embeddings(self.family, config.cached_prompts, learning=learning, disk=disk)
         self._latents = Kept(config.cached_pictures)
         self._sampler = Sampler(self.family.schedule, rule=config.sampler, level=config.noise_level, reduction=config.reduction)
+        lay_out(pipeline.vae, torch.channels_last)
         pipeline.to(device)
         self.to(device)
+        self._trained = [p for p in self.parameters() if p.requires_grad]
+        self._joint: dict[Hashable, bool] = {}
+        self.by_unit = not learning  # text encoders that learn are asked in every pass
 
     # -- building ------------------------------------------------------------------------------------------------------
 
@@ -105,7 +110,7 @@ class Diffusion(nn.Module):
         network = family.network
         if config.train == "lora":
             lora = config.lora
-            add_adapters(network, rank=lora.rank, alpha=lora.alpha, modules=lora.modules, seed=config.seed + 2)
+            add_adapters(network, rank=lora.rank, alpha=lora.alpha, modules=lora.modules, seed=config.seed + 2, whole=True)
         else:
             network.requires_grad_(True)
         if config.train == "text_encoders":
@@ -190,9 +195,11 @@ class Diffusion(nn.Module):
         try:
             if self.config.train == "lora":
                 setattr(pipeline, name, merged(self.network))
+            lay_out(pipeline.vae, torch.contiguous_format)
             pipeline.save_pretrained(folder, safe_serialization=True)
         finally:
             setattr(pipeline, name, self.network)
+            lay_out(pipeline.vae, torch.channels_last)
 
     def needs_statistics(self) -> bool:
         return False
@@ -275,11 +282,12 @@ class Diffusion(nn.Module):
 
     def _weights(self) -> int:
         """A number that stands for the weights as they are: no other policy has it, nor this one when they have changed."""
-        trained = [(p.data_ptr(), p._version) for group in self.trainable().values() for p in group]
+        trained = [(p.data_ptr(), p._version) for p in self._trained]
         return hash((self._number, self.version, *trained))
 
     def _guided(self, prompts: Sequence[Prompt], scale: float) -> Guided:
-        return Guided(self.family, self._embeddings, prompts, scale, detached=self.config.guidance_detached)
+        detached = self.config.guidance_detached
+        return Guided(self.family, self._embeddings, prompts, scale, detached=detached, joint=self._joint)
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> list[Picture]:
@@ -292,6 +300,9 @@ class Diffusion(nn.Module):
 
     def pack(self, rollout: Rollout) -> Packing:
         return rollout.by_decision()
+
+    def units(self, trace: Trace, piece: slice) -> Trace:
+        return {name: values[:, piece] if name in _OF_UNITS else values for name, values in trace.items()}
 
     def evaluate(self, trace: Trace) -> Evaluation:
         """One pass for each trained step, with the guidance of the rollout.

@@ -2,7 +2,7 @@
 
 Sampling is both branches of guidance at every step, of which those before a window are made once for a prompt. Learning is, for
 each trained step, the branch with the prompt, backward, and AdamW: what the other one says is known since it was sampled, as long
-as nothing was learned. States and embeddings are random.
+as nothing was learned. States and embeddings are random. Adapters are added to the weights, as they are here.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import time
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from sides import Stopwatch, serve
-from t2i_step_parts.task import DTYPES, Task, begin
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from policies.shared.adapters import add_adapters
+from t2i_step_parts.task import DTYPES, Task, begin
 
 
 class Floor:
@@ -27,7 +28,7 @@ class Floor:
         self.transformer = pipeline.transformer
         if task.train == "lora":
             lora = task.lora
-            self.transformer.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.modules))
+            add_adapters(self.transformer, rank=lora.rank, alpha=lora.alpha, modules=lora.modules, seed=2, whole=True)
         else:
             self.transformer.requires_grad_(True)
         parameters = [p for p in self.transformer.parameters() if p.requires_grad]

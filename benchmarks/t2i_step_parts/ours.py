@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from sides import Stopwatch, serve
-from t2i_step_parts.task import Task, begin, stir
 
 from mmrl.algorithms.flow_grpo import FlowGRPO
 from mmrl.columns import Column
@@ -17,6 +16,7 @@ from mmrl.rollout import Collector
 from mmrl.updates import RolloutUpdate
 from policies.diffusion import Diffusion
 from policies.diffusion_parts.prompts import prompts_of
+from t2i_step_parts.task import Task, begin, stir
 
 _ENVIRONMENT = {
     "target": "mmrl.picturing:PictureEnvironment",
@@ -45,7 +45,6 @@ class Ours:
             "train": task.train,
             "lora": task.lora,
             "max_text_tokens": task.max_text_tokens,
-            "decode_batch": task.batch,
         }
         self.policy = Diffusion(Diffusion.Config(**fields), device=device)
         stir(self.policy.network)

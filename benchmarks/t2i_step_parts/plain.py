@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig
 from sides import Stopwatch, serve
-from t2i_step_parts.task import Task, begin, reward
 from torch import Tensor
+
+from t2i_step_parts.task import Task, begin, reward
 
 
 class Sample(NamedTuple):

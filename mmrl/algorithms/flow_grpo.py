@@ -37,7 +37,7 @@ from torch import Tensor
 from mmrl.algorithms.credit import Credit, Episodes
 from mmrl.algorithms.grpo import GRPO
 from mmrl.algorithms.history import PromptHistory, prompt_key
-from mmrl.algorithms.policy_gradient import policy_loss
+from mmrl.algorithms.policy_gradient import by_unit, policy_loss
 from mmrl.errors import ConfigError
 from mmrl.numerics.advantages import extremes
 from mmrl.numerics.steps import step_kl, step_log_ratio
@@ -113,7 +113,7 @@ class FlowGRPO(GRPO):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.flow = config
+        self.flow, self.by_unit = config, by_unit(config)
         self.uses_means, self.uses_reference_means = config.log_ratio == "guard", _closed(config)
         self._history = PromptHistory(config.history, config.min_history)
 

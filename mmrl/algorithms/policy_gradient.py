@@ -103,6 +103,11 @@ _NORMALIZERS: dict[str, Callable[[PolicyGradientConfig, LossContext], float]] = 
 }
 
 
+def by_unit(config: PolicyGradientConfig) -> bool:
+    """Whether L_policy is a sum over units, of which each reads its own numbers alone."""
+    return config.reduce != "sample_mean" and config.ratio == "unit" and config.importance != "sequence"
+
+
 def reference_penalty(config: PolicyGradientConfig, rollout: Rollout) -> Tensor | None:
     """What each unit's distance from the reference takes off its decision's reward [T, B, K]; None where rewards know no KL."""
     if config.kl_weight == 0 or config.kl_in != "reward":

@@ -15,6 +15,7 @@ from torch import nn
 
 from mmrl.errors import MMRLError
 from policies.shared.checkpoints import first_line
+from policies.shared.whole_adapters import WholeLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,12 +32,14 @@ class LoraOptions:
     """Regular expression over module names."""
 
 
-def add_adapters(model: nn.Module, *, rank: int, alpha: int, modules: str, seed: int) -> None:
+def add_adapters(model: nn.Module, *, rank: int, alpha: int, modules: str, seed: int, whole: bool = False) -> None:
     """Put trainable low-rank adapters beside the layers whose names match ``modules``; freeze all the rest.
 
-    ``seed`` initialises them.
+    ``seed`` initialises them. whole: they are added to the weights in every pass (``whole_adapters``).
     """
     config: Any = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
+    if whole:
+        config._register_custom_module({nn.Linear: WholeLinear})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

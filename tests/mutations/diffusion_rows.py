@@ -9,6 +9,7 @@ _SD3, _STEPS = "tests/policies/test_diffusion_sd3.py", "tests/policies/test_diff
 _TRAINING, _RULE = "tests/policies/test_diffusion_training.py", "tests/numerics/test_diffusion.py"
 _DISK = "tests/policies/test_diffusion_disk.py"
 _REPLAY = f"{_SD3}::test_scoring_again_equals_acting"
+_WHOLE = "tests/policies/test_whole_adapters.py::test_it_says_and_learns_what_peft_s_layer_does"
 
 DIFFUSION: tuple[Row, ...] = (
     (
@@ -171,5 +172,82 @@ DIFFUSION: tuple[Row, ...] = (
         "twin._number = next(_NUMBERS)",
         "twin._number, twin._weights = self._number, self._weights",
         "tests/policies/test_diffusion_apart.py::test_a_reference_and_weights_that_are_worn_ask_for_themselves[all]",
+    ),
+    (
+        "diffusion: branches share a pass whatever they say in it",
+        f"{_PARTS}/guided.py",
+        "joint[key] = all(map(torch.equal, self._both(x, time_B, unknown, known), said))",
+        "joint[key] = bool(self._both(x, time_B, unknown, known))",
+        "tests/policies/test_diffusion_apart.py::test_branches_that_would_say_something_else_together_go_alone",
+    ),
+    (
+        "diffusion: of branches that share a pass the one with the prompt is kept",
+        f"{_PARTS}/guided.py",
+        "self.apart = said[0]",
+        "self.apart = said[1]",
+        "tests/policies/test_diffusion_apart.py::test_branches_share_a_pass_where_each_says_what_it_says_alone",
+    ),
+    (
+        "units: every unit has the first one's states",
+        _POLICY,
+        "values[:, piece] if name in _OF_UNITS",
+        "values[:, :1] if name in _OF_UNITS",
+        "tests/policies/test_diffusion_units.py::test_one_by_one_is_all_at_once",
+    ),
+    (
+        "units: a mean over samples is taken apart",
+        "mmrl/algorithms/policy_gradient.py",
+        'return config.reduce != "sample_mean" and config.ratio',
+        "return config.ratio",
+        "tests/policies/test_diffusion_units.py::test_one_by_one_is_all_at_once",
+    ),
+    (
+        "units: one ratio of all is taken apart",
+        "mmrl/algorithms/policy_gradient.py",
+        'and config.ratio == "unit" and',
+        "and",
+        "tests/policies/test_diffusion_units.py::test_one_by_one_is_all_at_once",
+    ),
+    (
+        "units: the last one is left out",
+        "mmrl/units.py",
+        "for k in trained:",
+        "for k in trained[:-1]:",
+        "tests/policies/test_diffusion_units.py::test_one_by_one_is_all_at_once",
+    ),
+    (
+        "adapters: added to the weights without their scale",
+        "policies/shared/whole_adapters.py",
+        "return nn.functional.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)",
+        "return nn.functional.linear(x, torch.addmm(weight, b, a), bias)",
+        _WHOLE,
+    ),
+    (
+        "adapters: what lies before one learns from the frozen weights alone",
+        "policies/shared/whole_adapters.py",
+        "grad @ torch.addmm(weight, b, a, alpha=scale) if",
+        "grad @ weight if",
+        _WHOLE,
+    ),
+    (
+        "adapters: A learns unscaled at a low rank",
+        "policies/shared/whole_adapters.py",
+        "scale * ((grad_T @ b).T @ x_T)",
+        "(grad_T @ b).T @ x_T",
+        _WHOLE,
+    ),
+    (
+        "adapters: B learns unscaled at a high rank",
+        "policies/shared/whole_adapters.py",
+        "scale * (grad_weight @ a.T), None",
+        "grad_weight @ a.T, None",
+        _WHOLE,
+    ),
+    (
+        "adapters: bfloat16 swallows what is added",
+        "policies/shared/whole_adapters.py",
+        "torch.finfo(weight.dtype).bits < 32",
+        "torch.finfo(weight.dtype).bits < 16",
+        "tests/policies/test_whole_adapters.py::test_what_bfloat16_would_swallow_stays_beside_the_weights",
     ),
 )

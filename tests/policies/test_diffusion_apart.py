@@ -105,6 +105,51 @@ def test_a_reference_and_weights_that_are_worn_ask_for_themselves(sd3: str, trai
     assert torch.equal(policy.evaluate(worn).log_probs_NK, policy.evaluate(plain).log_probs_NK)
 
 
+def row_by_row(policy: Diffusion) -> None:
+    """Its network sees one row at a time, so that no row depends on the others, whatever the machine's matrix products do."""
+    predict: Any = policy.family.predict
+
+    def alone(x: torch.Tensor, time_B: torch.Tensor, embedding: Any, guidance_B: Any) -> torch.Tensor:
+        rows = [slice(n, n + 1) for n in range(len(x))]
+        return torch.cat([predict(x[n], time_B[n], {name: v[n] for name, v in embedding.items()}, None) for n in rows])
+
+    policy.family.predict = alone  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("fields", [{}, {"train": "lora", "dtype": "float64"}], ids=str)
+def test_branches_share_a_pass_where_each_says_what_it_says_alone(sd3: str, fields: dict[str, Any]) -> None:
+    policy = tiny.build(sd3, guidance_detached=True, **fields)
+    row_by_row(policy)
+    rows, size = counted(policy), len(tiny.TEXTS)
+    for trial in ([size, size], []):
+        rows.clear()
+        decision = policy.act(tiny.observe(), tiny.draws(), explore=True)
+        assert rows == [*trial, *[2 * size] * tiny.STEPS]
+        assert torch.equal(policy.evaluate(decision.trace).log_probs_NK, decision.log_probs_BK)
+        asked = {name: value for name, value in decision.trace.items() if name != "weights"}
+        assert torch.equal(scored(policy, asked)[0], decision.log_probs_BK)
+
+
+@pytest.mark.parametrize("fields", [{}, {"train": "lora"}, {"dtype": "float64"}, {"dtype": "bfloat16"}], ids=str)
+def test_many_pictures_are_replayed_whether_their_branches_share_a_pass_or_not(sd3: str, fields: dict[str, Any]) -> None:
+    policy, texts = tiny.build(sd3, guidance_detached=True, **fields), tiny.TEXTS * 4
+    for _ in range(2):
+        decision = policy.act(tiny.observe(texts), tiny.draws(0, len(texts)), explore=True)
+        asked = {name: value for name, value in decision.trace.items() if name != "weights"}
+        assert torch.equal(scored(policy, asked)[0], decision.log_probs_BK)
+
+
+def test_branches_that_would_say_something_else_together_go_alone(sd3: str) -> None:
+    policy = tiny.build(sd3, guidance_detached=True)
+    row_by_row(policy)
+    predict: Any = policy.family.predict
+    policy.family.predict = lambda x, *rest: predict(x, *rest) * (1 + 1e-6 * (len(x) > size))  # type: ignore[method-assign,assignment]
+    rows, size = counted(policy), len(tiny.TEXTS)
+    decision = policy.act(tiny.observe(), tiny.draws(), explore=True)
+    assert rows == [size, size, 2 * size, *[size, size] * UNITS]
+    assert torch.equal(scored(policy, decision.trace)[0], decision.log_probs_BK)
+
+
 def test_a_branch_that_learns_is_not_kept(sd3: str) -> None:
     policy = tiny.build(sd3)
     assert not {"apart", "weights"} & policy.act(tiny.observe(), tiny.draws(), explore=True).trace.keys()
