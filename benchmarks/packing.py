@@ -33,8 +33,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mmrl.registry import ROOT
 from policies.chat_parts.engine import Sampling
-from policies.chat_parts.network import Network, QwenNetwork
+from policies.chat_parts.network import Network
 from policies.chat_parts.pieces import Heard, Line, Piece, Rows, Said
+from policies.chat_parts.qwen import QwenNetwork
 from policies.chat_parts.scoring import score
 from policies.shared.vision_language import fan_in_init
 

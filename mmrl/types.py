@@ -74,14 +74,14 @@ class Decision:
     @staticmethod
     def concat(parts: Sequence[Decision]) -> Decision:
         """Decisions of one policy for some observations and for others, one after the other."""
-        values_B = [part.values_B for part in parts if part.values_B is not None]
+        values_BV = [part.values_BV for part in parts if part.values_BV is not None]
         means_BKD = [part.means_BKD for part in parts if part.means_BKD is not None]
         return Decision(
             cat([part.action for part in parts]),
             {name: cat([part.trace[name] for part in parts]) for name in parts[0].trace},
             torch.cat([part.log_probs_BK for part in parts]),
             torch.cat([part.mask_BK for part in parts]),
-            torch.cat(values_B) if values_B else None,
+            torch.cat(values_BV) if values_BV else None,
             parts[0].policy_version,
             torch.cat(means_BKD) if means_BKD else None,
         )
