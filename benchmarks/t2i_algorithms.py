@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from mmrl.config import load, plain
 from mmrl.metrics import read
 from mmrl.numerics.statistics import mean_interval
 from mmrl.picturing import SCORE
+from policies.diffusion_parts.options import TrainedSteps
 
 IMITATION, SOAR = "imitation", "SOAR"
 
@@ -78,18 +79,21 @@ class Recipe:
 Overrides = Callable[[Recipe], list[str]]
 
 
+def trained_steps(**fields: Any) -> str:
+    """All fields of it: overrides are merged with what the config has."""
+    return f"policy.trained_steps={json.dumps(asdict(TrainedSteps()) | fields)}"
+
+
 def fast(recipe: Recipe) -> list[str]:
     """Anywhere in the first half, placed anew in each iteration."""
     stop = max(recipe.steps // 2, recipe.window)
-    fields = {"which": "window", "size": recipe.window, "stop": stop, "order": "random", "shared_prefix": True}
-    return [f"policy.trained_steps={json.dumps(fields)}"]
+    return [trained_steps(which="window", size=recipe.window, stop=stop, order="random", shared_prefix=True)]
 
 
 def mix(recipe: Recipe) -> list[str]:
     """From the first steps to the last, once in the run."""
     every = max(1, math.ceil(recipe.last["iterations"] / recipe.places))
-    fields = {"which": "window", "size": recipe.window, "every": every, "shared_prefix": True}
-    return [f"policy.trained_steps={json.dumps(fields)}"]
+    return [trained_steps(which="window", size=recipe.window, every=every, shared_prefix=True)]
 
 
 def cps(recipe: Recipe) -> list[str]:
@@ -106,7 +110,7 @@ def nft(recipe: Recipe) -> list[str]:
     """A point for each step that Flow-GRPO trains."""
     fields = {"target": "mmrl.algorithms.nft:DiffusionNFT", "times": {"count": recipe.steps - 1}}
     fields |= recipe.shared("group_size", "minibatches", "epochs")
-    return ["policy.sampler=ode", "policy.noise_level=null", recipe.algorithm(fields)]
+    return ["policy.sampler=ode", "policy.noise_level=null", trained_steps(), recipe.algorithm(fields)]
 
 
 # name -> (what it starts from, its overrides)
@@ -153,12 +157,13 @@ def train_seed(recipe: Recipe, seed: int, names: Sequence[str], output: Path) ->
 
 
 def measured(recipe: Recipe, run: Path) -> dict[str, float]:
-    """Rewards before and after, seconds of learning."""
+    """Rewards and success before and after, seconds of learning."""
     rows = read(run)
     found: dict[str, float] = {}
     for row in rows:
         if row["kind"] == "evaluation" and row["label"] in ("before", "after"):
             found[f"reward {row['label']}"] = row["return"]
+            found[f"success {row['label']}"] = row["success"]
             found |= {f"{name} {row['label']}": row["metrics"][f"{SCORE}{name}"] for name in recipe.watched}
     trained = [row for row in rows if row["kind"] == "train"]
     parts = ("seconds/collect", "seconds/reward", "seconds/score", "seconds/update")
@@ -174,7 +179,7 @@ def interval(values: Sequence[float]) -> str:
 
 def table(recipe: Recipe, seeds: Sequence[dict[str, Path]]) -> Table:
     made = Table(title="Held-out prompts, mean over seeds (± 95 % t-interval)")
-    columns = [f"{name} {when}" for name in ("reward", *recipe.watched) for when in ("before", "after")]
+    columns = [f"{name} {when}" for name in ("reward", "success", *recipe.watched) for when in ("before", "after")]
     for column in ("", *columns, "pictures", "seconds"):
         made.add_column(column, justify="left" if not column else "right")
     for name in seeds[0]:
