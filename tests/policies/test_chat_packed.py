@@ -248,9 +248,9 @@ def test_a_policy_that_packs_learns_the_same(build: Callable[..., Any], family: 
             evaluation = policy.evaluate(trace)
             lesson = policy.supervised_loss(lessons, torch.Generator())
         assert [line.branches for line in read] == ([] if policy is plain else [True, True])
-        units = evaluation.log_probs_NK.sum() + 0.3 * evaluation.entropy_NK.sum() + evaluation.values_NJ.square().sum()
+        units = evaluation.log_probs_NK.sum() + 0.3 * evaluation.entropy_NK.sum() + evaluation.values_NV.square().sum()
         grads = gradients(policy, units + lesson.value)
-        found.append((evaluation.log_probs_NK, evaluation.entropy_NK, evaluation.values_NJ, lesson.value, *grads.values()))
+        found.append((evaluation.log_probs_NK, evaluation.entropy_NK, evaluation.values_NV, lesson.value, *grads.values()))
     for ours, theirs in zip(found[1], found[0], strict=True):
         assert float((ours - theirs).detach().abs().max()) < 3e-6 * (1 + float(theirs.detach().abs().max()))
 
