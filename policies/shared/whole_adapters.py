@@ -18,7 +18,8 @@ class WholeLinear(lora.Linear):
     """See the module. Of one adapter without dropout, over a layer that is frozen: as ``policies.shared.adapters`` makes them."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base, (name, *others) = self.get_base_layer(), self.active_adapters
+        base: Any = self.get_base_layer()
+        name, *others = self.active_adapters
         if args or kwargs or others or self.disable_adapters or self.merged or _rounds(x, base.weight):
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
