@@ -311,7 +311,7 @@ def test_dpo_keeps_the_best_and_the_worst_of_each_group() -> None:
     assert result.advantages_TB[result.keep_TB].tolist() == [-1, 1, 1, -1]
     several = rollout(RETURNS)
     twice = {name: getattr(several, name).repeat(2, *[1] * (getattr(several, name).dim() - 1)) for name in vars(several)
-             if name.endswith(("_TB", "_TBK")) and getattr(several, name) is not None}  # fmt: skip
+             if name.endswith(("_TB", "_TBK", "_TBV")) and getattr(several, name) is not None}  # fmt: skip
     with pytest.raises(ConfigError, match="several"):
         DiffusionDPO(DiffusionDPO.Config(group_size=4)).advantages(replace(several, **twice))
 
