@@ -178,7 +178,7 @@ def rollout(returns: list[float], prompts: list[str] | None = None) -> Rollout:
     record = EpisodeRecord(torch.arange(b), rewards_TB[0], zero_TB[0], torch.ones(b).long(), {}, spans, transcripts)
     units = torch.zeros(1, b, 2)
     return Rollout(
-        {}, units, units == 0, rewards_TB, zero_TB[..., None], zero_TB, yes_TB, yes_TB, ~yes_TB, zero_TB.long(), record, env_steps=b
+        {}, units, units == 0, rewards_TB, units[..., :1], zero_TB, yes_TB, yes_TB, ~yes_TB, zero_TB.long(), record, env_steps=b
     )
 
 
