@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+import mmrl  # noqa: F401  isort: skip (first: it lets torchvision be imported beside a CPU torch)
 import torch
 from rich.box import MARKDOWN
 from rich.console import Console
