@@ -304,8 +304,8 @@ CHAT: tuple[Row, ...] = (
     (
         "packing: the option is not heard",
         _POLICY,
-        "self.config.score_chunk, self.config.pack_tokens)",
-        "self.config.score_chunk)",
+        "self.config.score_chunk, self.config.pack_tokens, before=before)",
+        "self.config.score_chunk, before=before)",
         f"{_PACKED}::test_a_policy_that_packs_learns_the_same[llama]",
     ),
     (

@@ -61,7 +61,7 @@ def test_heads_of_another_kind_start_afresh(architecture: str, tmp_path: Path) -
     policy.save(tmp_path)
     for other in (CriticConfig(inputs=("suffix",), hidden=(16,)), CriticConfig(inputs=("state_token",), hidden=(8,))):
         values = decide(reopened(tmp_path, critic=other), explore=True).values_BV
-        assert values is not None and torch.equal(values, torch.zeros(5))
+        assert values is not None and torch.equal(values, torch.zeros(5, 1))
     reopened(tmp_path, critic=None).save(tmp_path)
     assert not (tmp_path / HEADS_FILE).exists()
 

@@ -85,7 +85,7 @@ def test_a_critic_of_another_kind_starts_afresh(paligemma: str, tmp_path: Path) 
     tiny_vla.build(paligemma, critic=CriticConfig(hidden=(16,))).save(tmp_path)
     for other in (CriticConfig(input="first_action", hidden=(16,)), CriticConfig(hidden=(8,))):
         values = decide(reopened(tmp_path, critic=other)).values_BV
-        assert values is not None and torch.equal(values, torch.zeros(5))
+        assert values is not None and torch.equal(values, torch.zeros(5, 1))
     reopened(tmp_path, critic=None).save(tmp_path)
     assert not (tmp_path / HEADS_FILE).exists()
 
