@@ -66,25 +66,6 @@ SMALL = (
 )
 
 
-def _write_flux(folder: Path, kind: Any) -> str:
-    torch.manual_seed(0)
-    (text_encoder, tokenizer), (text_encoder_2, tokenizer_2) = tiny_diffusion.clip(projection=False), tiny_diffusion.t5()
-    transformer = diffusers.FluxTransformer2DModel(  # type: ignore[attr-defined]
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-    )
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # type: ignore[attr-defined]
-    parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "tokenizer_2": tokenizer_2, "text_encoder_2": text_encoder_2}
-    return tiny_diffusion.save(kind(scheduler=scheduler, vae=tiny_diffusion.vae(), transformer=transformer, **parts), folder)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of prompts of every kind, pictures to edit and to imitate, a pipeline of each family, a CLIP model."""
@@ -96,8 +77,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A fresh network says nothing at all, so that adapters of it would get no gradient.
     sd3 = tiny_diffusion.build(tiny_diffusion.write_sd3(folder / "architecture"))
     sd3.save(folder / "stable-diffusion-3.5-medium")
-    _write_flux(folder / "FLUX.1-dev", diffusers.FluxPipeline)  # type: ignore[attr-defined]
-    _write_flux(folder / "FLUX.1-Kontext-dev", diffusers.FluxKontextPipeline)  # type: ignore[attr-defined]
+    for name, kind in (("FLUX.1-dev", diffusers.FluxPipeline), ("FLUX.1-Kontext-dev", diffusers.FluxKontextPipeline)):  # type: ignore[attr-defined]
+        Path(tiny_diffusion.write_flux(folder, kind)).rename(folder / name)
     clip_folder(folder / "clip")
     return folder
 
