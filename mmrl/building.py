@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmrl.component import Component
 from mmrl.config import RunConfig, StageConfig
-from mmrl.errors import CheckpointError, MMRLError, TrainingError
+from mmrl.errors import CheckpointError, ConfigError, MMRLError, TrainingError
 from mmrl.protocols import AsyncEnvironment, Environment, GradualEnvironment
 from mmrl.workers.remote import RemoteEnvironment
 
@@ -21,10 +21,19 @@ LOCK = ".lock"
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is a GPU if there is one."""
+    """``auto`` is a GPU if there is one. Raises ConfigError for a device that this machine, or this torch, does not have."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which of them depends on the device
+        raise ConfigError(f"'device' is '{name}', which cannot be used here ({_first_line(error)}); write auto or cpu") from error
+    return device
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def build_policy(config: RunConfig, stage: StageConfig, device: torch.device) -> Any:

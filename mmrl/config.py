@@ -236,6 +236,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         data = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: there is no such file") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: is a folder; name a YAML file in it") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({_one_line(error)})") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:

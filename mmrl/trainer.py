@@ -43,7 +43,7 @@ class Saved(NamedTuple):
 def train(config: RunConfig, run_dir: Path, progress: Progress) -> Path:
     """Run all stages of ``config`` in ``run_dir``, which must be empty or not there; returns it.
 
-    A configuration that turns out impossible before anything was trained leaves no folder behind.
+    A configuration that turns out impossible before an iteration was trained leaves no folder behind.
     """
     if run_dir.is_dir() and any(run_dir.iterdir()):
         raise ConfigError(f"{run_dir}: is not empty; a run needs a folder of its own, so choose another name")
@@ -51,14 +51,16 @@ def train(config: RunConfig, run_dir: Path, progress: Progress) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"cannot make the folder {run_dir}: {error.strerror}; choose another with output=FOLDER") from error
+    run: Run | None = None
     try:
         with exclusive(run_dir):
             checkpoint.atomic_write_text(run_dir / "config.yaml", dump(config))
             _describe_machine(run_dir)
-            return Run(config, run_dir, progress).execute()
+            run = Run(config, run_dir, progress)
+            return run.execute()
     except MMRLError as error:
-        started = (run_dir / "config.yaml").is_file() and isinstance(error, _KEEP_FOLDER)
-        if not started and not checkpoint.any_saved(run_dir / "checkpoints"):
+        can_go_on = (run_dir / "config.yaml").is_file() and isinstance(error, _KEEP_FOLDER)
+        if not can_go_on and not (run is not None and run.trained):
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
 
@@ -98,6 +100,7 @@ class Run:
         seed_everything(config.seed)
         self.streams = Streams(config.seed)
         self.saves = -1 if saved is None else int(saved.meta["number"])
+        self.trained = False  # whether there was an iteration
 
     def execute(self) -> Path:
         """All remaining stages, and the final policy beside them."""
@@ -217,6 +220,7 @@ class Stage:
             while self.iteration < config.iterations:
                 metrics = self._iteration()
                 self.iteration += 1
+                run.trained = True
                 run.metrics.train(config.name, self.iteration, metrics)
                 display.update(self.iteration, _displayed(metrics))
                 if self.iteration < config.iterations:

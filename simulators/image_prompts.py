@@ -177,6 +177,8 @@ class _Lines:
     def __init__(self, config: FileConfig, parse: Any) -> None:
         self.config = config
         lines = files.read(config.path, parse, config.seed)
+        if not lines:
+            raise DataError(f"{config.path}: has no prompts; set 'path' to a file with a prompt a line")
         self._lines = [line for line in lines if (line.share < config.held_out_share) == (config.split == "held_out")]
         if not self._lines:
             raise DataError(

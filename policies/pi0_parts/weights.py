@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PI0ForConditionalGeneration
 
 from mmrl.errors import MMRLError
-from policies.shared.checkpoints import STATISTICS_FILE, find_file, first_line, load_pretrained
+from policies.shared.checkpoints import STATISTICS_FILE, check_kind, find_file, load_pretrained, unloadable
 
 # Where transformers' PI0Processor keeps its statistics, and what they are called there.
 PROCESSOR_FILE = "processor_config.json"
@@ -72,10 +72,11 @@ def load_model(checkpoint: str, weights: str, dtype: torch.dtype, attention: str
     if weights == "pretrained":
         options = {"dtype": dtype, "attn_implementation": attention}
         return load_pretrained(PI0ForConditionalGeneration, checkpoint, "pi0", unread=_UNREAD, **options)
+    check_kind(checkpoint, PI0ForConditionalGeneration, "pi0")
     try:
         config: Any = AutoConfig.from_pretrained(checkpoint, attn_implementation=attention)
     except (OSError, ValueError) as error:
-        raise MMRLError(f"policy.checkpoint = {checkpoint}: cannot be loaded as a pi0 ({first_line(error)})") from error
+        raise unloadable(checkpoint, "pi0", error) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = PI0ForConditionalGeneration(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.utils.hub import cached_file
 
 from mmrl.errors import MMRLError
 
+CONFIG_FILE = "config.json"
 STATISTICS_FILE = "statistics.json"
 HEADS_FILE = "heads.safetensors"
 
@@ -35,10 +37,11 @@ def load_pretrained(loader: Any, checkpoint: str, what: str, *, unread: str | No
     Raises MMRLError if the checkpoint cannot be read, does not fit its config, or lacks weights, which transformers would draw at
     random; a weight whose name contains ``unread`` may be missing, because the policy does not read it.
     """
+    check_kind(checkpoint, loader, what)
     try:
         model, found = loader.from_pretrained(checkpoint, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise MMRLError(f"policy.checkpoint = {checkpoint}: cannot be loaded as a {what} ({first_line(error)})") from error
+        raise unloadable(checkpoint, what, error) from error
     missing = sorted(name for name in found["missing_keys"] if unread is None or unread not in name)
     if missing:
         raise MMRLError(
@@ -46,6 +49,29 @@ def load_pretrained(loader: Any, checkpoint: str, what: str, *, unread: str | No
             "it is damaged, or of another model"
         )
     return model
+
+
+def check_kind(checkpoint: str, loader: Any, what: str) -> None:
+    """Refuse a checkpoint whose config.json is of another model than the class ``loader`` builds.
+
+    transformers only warns, takes the sizes of ``loader``'s own defaults, which may be gigabytes, and draws its weights at random.
+    A config.json that names no model (LeRobot's does not) passes, and so does a loader for many models.
+    """
+    kind, found = getattr(getattr(loader, "config_class", None), "model_type", None), find_file(checkpoint, CONFIG_FILE)
+    if kind is None or found is None:
+        return
+    try:
+        named = json.loads(found.read_text()).get("model_type", kind)
+    except (OSError, ValueError, AttributeError):  # transformers says what is wrong with it
+        return
+    if named != kind:
+        raise MMRLError(f"policy.checkpoint = {checkpoint}: is a {named}, not a {what}; name one that is")
+
+
+def unloadable(checkpoint: str, what: str, error: Exception) -> MMRLError:
+    """The sentence for a checkpoint that a library refused."""
+    place = "" if Path(checkpoint).exists() else "is no folder here, and as a hub id it "
+    return MMRLError(f"policy.checkpoint = {checkpoint}: {place}cannot be loaded as a {what} ({first_line(error)})")
 
 
 def save_heads(heads: Mapping[str, tuple[str, nn.Module]], folder: Path) -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from mmrl.errors import MMRLError
-from policies.shared.checkpoints import first_line, load_pretrained
+from policies.shared.checkpoints import load_pretrained, unloadable
 
 
 def load_model(
@@ -38,7 +37,7 @@ def load_model(
             model: Any = loader.from_config(config, attn_implementation=attention)
             fan_in_init(model)
     except (OSError, ValueError) as error:
-        raise MMRLError(f"policy.checkpoint = {checkpoint}: cannot be loaded as a {what} ({first_line(error)})") from error
+        raise unloadable(checkpoint, what, error) from error
     # Not model.to(dtype): it would round the frequencies of positions as well, which a loaded model keeps in float32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -304,6 +304,8 @@ LATE = {
     ),
     "groups cut by resets": ([GRPO, "policy.critic=null", "stages.improve.collect.auto_reset=true"], "collect.auto_reset"),
     "weights of another shape": (["stages.warm_start.policy={critic: null}"], "stages.improve.policy"),
+    "instructions that do not fit": (["policy.max_text_tokens=2"], "policy.max_text_tokens = 2"),
+    "a device that is not there": (["device=cuda:99"], "'device' is 'cuda:99', which cannot be used here"),
     "groups nobody trains": (["stages.warm_start.optimizer.groups={nobody: {lr: 1.0}}"], "optimizer.groups.nobody"),
 }
 

@@ -122,4 +122,25 @@ EVALUATING: tuple[Row, ...] = (
         "    if False:\n",
         f"{_MEASURING}::test_a_checkpoint_that_lacks_weights_is_not_filled_up_at_random",
     ),
+    (
+        "policies: a checkpoint of another model is filled into one of pi0's own size",
+        "policies/shared/checkpoints.py",
+        "    if named != kind:\n",
+        "    if False:\n",
+        "tests/policies/test_pi0_checkpoint.py::test_a_checkpoint_of_another_model_is_refused_before_anything_is_built",
+    ),
+    (
+        "trainer: a run that fails in its first evaluation stays",
+        "mmrl/trainer.py",
+        "        self.trained = False  # whether",
+        "        self.trained = True  # whether",
+        "tests/core/test_trainer.py::test_what_only_building_can_tell_ends_in_a_sentence",
+    ),
+    (
+        "trainer: a run that fails in its second stage is removed",
+        "mmrl/trainer.py",
+        "                run.trained = True\n",
+        "",
+        "tests/core/test_trainer.py::test_what_only_building_can_tell_ends_in_a_sentence",
+    ),
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from transformers import PI0ForConditionalGeneration
 
 from mmrl.errors import MMRLError
 from mmrl.types import Decision, Examples, Observation
@@ -267,6 +268,25 @@ def test_a_folder_that_is_no_pi0_is_named(architecture: str, tmp_path: Path, wha
     with pytest.raises(MMRLError) as caught:
         Pi0(tiny.config(str(tmp_path)), device=tiny.CPU)
     assert sentences[what] in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_built(
+    tmp_path: Path, weights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Any] = []
+    monkeypatch.setattr(PI0ForConditionalGeneration, "__init__", lambda self, config, *_: built.append(config))
+    folder = tiny.write_architecture(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "paligemma"}))
+    with pytest.raises(MMRLError, match=r"policy\.checkpoint = .*: is a paligemma, not a pi0; name one that is"):
+        Pi0(tiny.config(folder, weights=weights), device=tiny.CPU)
+    assert not built
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(MMRLError, match="is no folder here, and as a hub id it cannot be loaded as a pi0"):
+        Pi0(tiny.config(str(tmp_path / "nowhere")), device=tiny.CPU)
 
 
 def altered(**fields: Any) -> Observation:

@@ -337,6 +337,8 @@ def test_lines_are_split_by_what_they_say(tmp_path: Path) -> None:
     assert {again.question(task).parts[0] for task in range(len(again))} == texts[1]
     with pytest.raises(DataError, match="none of its 200 lines is of split 'held_out'; change held_out_share or seed"):
         build("OcrPrompts", path=fields["path"], split="held_out")
+    with pytest.raises(DataError, match=r"prompts.txt: has no prompts; set 'path'"):
+        build("OcrPrompts", path=written(tmp_path, "", " "))
     with pytest.raises(ConfigError, match=r"nothing.txt: the prompts cannot be read"):
         build("OcrPrompts", path=str(tmp_path / "nothing.txt"))
 
