@@ -119,13 +119,14 @@ def verify(path: Path) -> dict[str, Any]:
     return body
 
 
-def check_fingerprint(meta: Mapping[str, Any], fingerprint: str, path: Path) -> None:
+def check_fingerprint(
+    meta: Mapping[str, Any], fingerprint: str, path: Path, remedy: str = "resume with the config that wrote it"
+) -> None:
     """Raise CheckpointError unless ``meta["fingerprint"]`` is the policy's."""
     written = meta.get("fingerprint")
     if written != fingerprint:
         raise CheckpointError(
-            f"{path} holds another policy: it was written by {written!r}, this run's policy is {fingerprint!r}; "
-            "resume with the config that wrote it"
+            f"{path} holds another policy: it was written by {written!r}, the config's policy is {fingerprint!r}; {remedy}"
         )
 
 

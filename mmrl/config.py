@@ -381,9 +381,17 @@ def _sizes(config: RunConfig, stage: StageConfig) -> Iterator[str]:
 
 
 def _rewards(config: RunConfig, stage: StageConfig) -> Iterator[str]:
-    """Rewards that nothing would read, that share a name, or that have no conversation to judge."""
+    """Rewards that nothing would read, that share a name, or that have no conversation to judge; none where some are needed.
+
+    An environment's class may have a static ``pays(config)``: whether what it is told to pay is anything at all.
+    """
     key, names = f"stages.{stage.name}", [reward.name for reward in stage.rewards]
     if not names:
+        if "rollout" in _needs(stage) and not _pays(config.environment, stage.environment):
+            yield (
+                f"'{key}.algorithm' learns from rewards, and 'environment.rewards' pay nothing; give one a weight there, or "
+                f"'{key}.rewards' to the stage"
+            )
         if stage.scoring is not None:
             yield f"unused key '{key}.scoring': the stage has no '{key}.rewards'"
         return
@@ -398,6 +406,14 @@ def _rewards(config: RunConfig, stage: StageConfig) -> Iterator[str]:
         yield f"'{key}.collect.auto_reset' is true, but '{key}.rewards' judge whole episodes; set it to false"
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"'{key}.rewards' has {names.count(name)} rewards called '{name}'; give each a 'name' of its own"
+
+
+def _pays(environment: Component, changes: dict[str, Any]) -> bool:
+    cls: Any = environment.cls
+    try:
+        return not hasattr(cls, "pays") or cls.pays(environment.override(changes).config)
+    except ConfigError:  # reported by _overridden
+        return True
 
 
 def _overridden(component: Component, changes: dict[str, Any], key: str) -> Iterator[str]:

@@ -72,9 +72,10 @@ def _choose(file: Path, config: RunConfig, name: str | None) -> tuple[StageConfi
     """The stage called ``name``, or the only one with data; the dotted key of its data, and the data."""
     found = [choice for stage in config.stages for choice in _data_of(stage) if name in (None, stage.name)]
     if len(found) != 1:
-        stages = ", ".join(stage.name for stage, _, _ in found) or ", ".join(stage.name for stage in config.stages)
+        having = ", ".join(stage.name for stage in config.stages for _ in _data_of(stage))
         what = "several stages have data" if found else f"{name or 'no stage'} has no data"
-        raise ConfigError(f"{file}: {what}; choose one of {stages} with --stage")
+        remedy = f"choose one of {having} with --stage" if having else "give a data set's folder"
+        raise ConfigError(f"{file}: {what}; {remedy}")
     return found[0]
 
 

@@ -87,6 +87,11 @@ class PictureEnvironment:
                     raise ValueError(f"rewards has {names.count(name)} rewards called '{name}'; give each a 'name' of its own")
             return self
 
+    @staticmethod
+    def pays(config: Config) -> bool:
+        """Whether pictures earn anything; see mmrl.config."""
+        return any(reward.weight for reward in config.rewards)
+
     def __init__(self, config: Config, *, num_envs: int, device: torch.device) -> None:
         self.config, self.num_envs, self.device = config, num_envs, device
         prompts: Any = config.prompts.build()

@@ -47,7 +47,8 @@ def load_policy(run_dir: Path, config: RunConfig, device: torch.device, componen
         raise CheckpointError(f"{path} belongs to stage {meta['stage'] + 1}, but the run's config.yaml has fewer; restore it")
     stage = config.stages[int(meta["stage"])]
     policy = build_policy(config, stage, device) if component is None else component.build(device=device)
-    checkpoint.check_fingerprint(meta, policy.fingerprint(), path)
+    remedy = f"give 'policy' the fields that {run_dir / 'config.yaml'} has, or measure {run_dir / 'policy'}, if the run has ended"
+    checkpoint.check_fingerprint(meta, policy.fingerprint(), path, **({} if component is None else {"remedy": remedy}))
     load_weights(policy, sections["policy"], f"{path} does not hold this policy's weights")
     policy.version = int(meta["policy_version"])
     if stage.optimizer.ema is not None:

@@ -36,7 +36,7 @@ from policies.diffusion_parts.checks import Trial, checks
 from policies.diffusion_parts.disk import DiskCache
 from policies.diffusion_parts.examples import example_conversations
 from policies.diffusion_parts.guided import Guided
-from policies.diffusion_parts.loading import lay_out, load_pipeline, pipeline_name
+from policies.diffusion_parts.loading import lay_out, load_pipeline, pipeline_name, save_pipeline
 from policies.diffusion_parts.options import Options
 from policies.diffusion_parts.prompts import Embeddings, Kept, Prompt, drawn_in, prompts_of
 from policies.diffusion_parts.sampling import Sampler, Walk
@@ -196,7 +196,7 @@ class Diffusion(nn.Module):
             if self.config.train == "lora":
                 setattr(pipeline, name, merged(self.network))
             lay_out(pipeline.vae, torch.contiguous_format)
-            pipeline.save_pretrained(folder, safe_serialization=True)
+            save_pipeline(pipeline, folder)
         finally:
             setattr(pipeline, name, self.network)
             lay_out(pipeline.vae, torch.channels_last)

@@ -160,11 +160,12 @@
       swatch.style.background = colourOf(series, i);
       list.append(html("li", {}, swatch, series.name));
     });
-    for (const kind of ["before", "during", "after"]) {
+    const kinds = { before: "evaluation before a stage", during: "evaluation during", after: "evaluation after a stage", evaluate: "mmrl evaluate" };
+    for (const [kind, words] of Object.entries(kinds)) {
       if (!panel.points.some((point) => point.kind === kind)) continue;
       const mark = svg("svg", { width: 12, height: 16 });
       mark.append(svg("line", { class: "error", x1: 6, x2: 6, y1: 0, y2: 16 }), svg("circle", { class: `point ${kind}`, cx: 6, cy: 8, r: kind === "during" ? 3 : 4 }));
-      list.append(html("li", {}, mark, `evaluation ${kind}${kind === "during" ? "" : " a stage"}`));
+      list.append(html("li", {}, mark, words));
     }
     plot.after(list);
   };

@@ -27,6 +27,8 @@ def pipeline_name(checkpoint: str) -> str:
         return str(_DIFFUSERS.DiffusionPipeline.load_config(checkpoint)["_class_name"])
     except (*_FAILURES, KeyError) as error:
         reason = f"is no checkpoint in diffusers' format ({first_line(error)})"
+        if not Path(checkpoint).exists():
+            reason = f"is no folder here, and the hub gave no checkpoint in diffusers' format ({first_line(error)})"
         raise MMRLError(f"policy.checkpoint = {checkpoint}: {reason}") from error
 
 
@@ -82,6 +84,16 @@ def _fresh(part: Any, checkpoint: str, name: str, dtype: torch.dtype) -> Any:
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module.eval()
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """All its parts, as safetensors. diffusers warns of each part that the checkpoint does without; that is no news here."""
+    said = _DIFFUSERS.utils.logging.get_verbosity()
+    _DIFFUSERS.utils.logging.set_verbosity_error()
+    try:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+    finally:
+        _DIFFUSERS.utils.logging.set_verbosity(said)
 
 
 def _place(checkpoint: str, name: str) -> str:

@@ -209,7 +209,7 @@ def test_statistics_of_a_folder_and_of_a_run(run_config: tuple[Path, str], tmp_p
     ("arguments", "sentence"),
     [
         ([], "whose frames are made as they are needed; statistics are for stored data"),
-        (["--stage", "improve"], "improve has no data; choose one of warm_start, improve with --stage"),
+        (["--stage", "improve"], "improve has no data; choose one of warm_start with --stage"),
         ([tiny_run.SUPERVISED], "several stages have data; choose one of warm_start, improve with --stage"),
     ],
 )

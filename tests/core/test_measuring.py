@@ -160,6 +160,14 @@ def test_a_run_and_its_config_give_its_last_evaluation(place: Path, tmp_path: Pa
     assert numbers(tmp_path / "named/tiny")["overall"]["episodes"] == 3
 
 
+def test_a_run_of_another_policy_than_the_config_s_says_what_to_measure(place: Path, tmp_path: Path) -> None:
+    run = place / "runs/tiny"
+    result = mmrl(run, place / "measure.yaml", "policy.critic=null", "--output", tmp_path / "out")
+    told = result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert f"give 'policy' the fields that {run}/config.yaml has, or measure {run}/policy, if the run has ended" in told
+
+
 def test_a_damaged_checkpoint_of_a_run_is_passed_over_with_a_word(place: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(place / "runs/tiny", run)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmrl import component, report
+from mmrl import component, config, report
 from mmrl.columns import Column
 from mmrl.component import Component, Problems
 from mmrl.data.conversations import JsonlConversations, ScriptedConversations
@@ -194,6 +194,21 @@ def test_captioned_pictures_are_read_from_a_file_where_the_block_says_so(tmp_pat
 
 
 # ---------------------------------------------------------------- evaluation and runs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [["environment.rewards=[]"], ["environment.rewards.0.weight=0"], ["stages.improve.environment={rewards: []}"]],
+    ids=lambda changes: changes[0],
+)
+def test_a_stage_that_would_learn_from_no_reward_is_refused(tmp_path: Path, changes: list[str]) -> None:
+    path = tmp_path / "painting.yaml"
+    path.write_text(painting_run.RUN)
+    with pytest.raises(
+        ConfigError, match=r"'stages.improve.algorithm' learns from rewards, and 'environment.rewards' pay nothing"
+    ):
+        config.load(path, changes)
+    config.load(path, [*changes, "stages.improve.rewards=[{target: mmrl.rewards.shapes:Shapes}]"])
 
 
 def test_an_evaluation_is_the_same_whatever_plays_beside_an_episode() -> None:

@@ -163,6 +163,20 @@ PICTURING: tuple[Row, ...] = (
         f"{_SHAPES}::test_boxes_are_in_pixels_of_the_picture",
     ),
     (
+        "picturing: a reward that only watches pays",
+        "mmrl/picturing.py",
+        "return any(reward.weight for reward in config.rewards)",
+        "return bool(config.rewards)",
+        "tests/core/test_picturing.py::test_a_stage_that_would_learn_from_no_reward_is_refused",
+    ),
+    (
+        "config: what a stage changes of the rewards is not looked at",
+        "mmrl/config.py",
+        "cls.pays(environment.override(changes).config)",
+        "cls.pays(environment.config)",
+        "tests/core/test_picturing.py::test_a_stage_that_would_learn_from_no_reward_is_refused",
+    ),
+    (
         "shape match: what else is in the picture does not matter",
         "mmrl/rewards/shape_match.py",
         ".exact and len(things) == asked)",

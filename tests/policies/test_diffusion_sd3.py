@@ -330,12 +330,16 @@ def test_adapters_alone_learn(sd3: str) -> None:
 
 
 @pytest.mark.parametrize("train", ["all", "lora", "text_encoders"])
-def test_what_is_saved_is_a_pipeline_of_diffusers(sd3: str, tmp_path: Path, train: str) -> None:
+def test_what_is_saved_is_a_pipeline_of_diffusers(
+    sd3: str, tmp_path: Path, train: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     policy = tiny.build(sd3, train=train)
     if train == "text_encoders":
         with torch.no_grad():
             policy.family.pipeline.text_encoder.text_model.embeddings.token_embedding.weight.mul_(1.5)
+    capfd.readouterr()
     policy.save(tmp_path / "saved")
+    assert "cannot be saved" not in capfd.readouterr().err  # an SD3 without T5 is whole
     opened = DiffusionPipeline.from_pretrained(tmp_path / "saved", text_encoder_3=None, tokenizer_3=None)
     assert isinstance(opened, StableDiffusion3Pipeline)
     opened.set_progress_bar_config(disable=True)
