@@ -398,6 +398,7 @@ class Pi0(nn.Module):
             prefix = prefix.repeat(times)
         assert examples.observation.state is not None
         actions_BHA = self.adapter.to_policy(examples.actions_BHA[:, : self.horizon], examples.observation.state)
+        self._check_actions(actions_BHA)
         actions = self._normalize(actions_BHA[..., : self.action_dim], "actions")
         actions = nn.functional.pad(actions, (0, self._padded_dim - self.action_dim)).repeat_interleave(times, 0)
         noise = torch.randn(actions.shape, generator=generator, device=self.device, dtype=actions.dtype)
@@ -408,6 +409,15 @@ class Pi0(nn.Module):
         weight_BH = examples.mask_BH[:, : self.horizon].to(self.device).repeat_interleave(times, 0).to(error_BH.dtype)
         value = (error_BH * weight_BH).sum() / weight_BH.sum().clamp(min=1)
         return Loss(value, {"flow_matching": value.detach()})
+
+    def _check_actions(self, actions_BHA: Tensor) -> None:
+        """Where ``action_dim`` is below what the statistics know, the first dimensions are taken, but of the same actions."""
+        found, known = actions_BHA.shape[2], len(self.statistics.actions_mean) if self.statistics else self.action_dim
+        if found > known:
+            raise MMRLError(
+                f"{self.config.checkpoint} was trained with {known} numbers of actions, but the examples have {found}; name data "
+                "of the same robot, or a checkpoint without statistics"
+            )
 
     def _flow_times(self, batch: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
         arch = self._arch

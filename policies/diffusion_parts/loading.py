@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mmrl.errors import MMRLError
-from policies.shared.checkpoints import find_file, first_line
+from policies.shared.checkpoints import find_file, first_line, of_run
 
 _LIBRARIES: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
 _DIFFUSERS: Any = diffusers
@@ -29,7 +29,7 @@ def pipeline_name(checkpoint: str) -> str:
         reason = f"is no checkpoint in diffusers' format ({first_line(error)})"
         if not Path(checkpoint).exists():
             reason = f"is no folder here, and the hub gave no checkpoint in diffusers' format ({first_line(error)})"
-        raise MMRLError(f"policy.checkpoint = {checkpoint}: {reason}") from error
+        raise MMRLError(f"policy.checkpoint = {checkpoint}: {reason}{of_run(checkpoint)}") from error
 
 
 def load_pipeline(checkpoint: str, weights: str, dtype: torch.dtype, seed: int) -> Any:

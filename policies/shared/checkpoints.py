@@ -54,7 +54,7 @@ def load_pretrained(loader: Any, checkpoint: str, what: str, *, unread: str | No
 def check_kind(checkpoint: str, loader: Any, what: str) -> None:
     """Refuse a checkpoint whose config.json is of another model than the class ``loader`` builds.
 
-    transformers only warns, takes the sizes of ``loader``'s own defaults, which may be gigabytes, and draws its weights at random.
+    transformers only warns, builds one of the class's own default sizes, which may be gigabytes, and draws its weights at random.
     A config.json that names no model (LeRobot's does not) passes, and so does a loader for many models.
     """
     kind, found = getattr(getattr(loader, "config_class", None), "model_type", None), find_file(checkpoint, CONFIG_FILE)
@@ -71,7 +71,15 @@ def check_kind(checkpoint: str, loader: Any, what: str) -> None:
 def unloadable(checkpoint: str, what: str, error: Exception) -> MMRLError:
     """The sentence for a checkpoint that a library refused."""
     place = "" if Path(checkpoint).exists() else "is no folder here, and as a hub id it "
-    return MMRLError(f"policy.checkpoint = {checkpoint}: {place}cannot be loaded as a {what} ({first_line(error)})")
+    return MMRLError(
+        f"policy.checkpoint = {checkpoint}: {place}cannot be loaded as a {what} ({first_line(error)}){of_run(checkpoint)}"
+    )
+
+
+def of_run(checkpoint: str) -> str:
+    """The end of a sentence about a folder that cannot be loaded, where it is that of a run."""
+    policy = Path(checkpoint) / "policy"
+    return f"; it is a run's, whose policy is {policy}" if policy.is_dir() else ""
 
 
 def save_heads(heads: Mapping[str, tuple[str, nn.Module]], folder: Path) -> None:

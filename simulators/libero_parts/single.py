@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmrl.errors import EnvironmentMissing, MMRLError
+from mmrl.registry import did_you_mean
 from mmrl.types import ActionSpec
 from mmrl.workers.single import Description, Outcome, View
 from simulators.libero_parts.expert import expert_action
@@ -38,7 +39,9 @@ class Single:
         self._options = options
         suites = benchmark.get_benchmark_dict()
         if options.suite not in suites:
-            raise MMRLError(f"LIBERO has no suite '{options.suite}'; it has {', '.join(sorted(suites))}")
+            raise MMRLError(
+                f"environment.suite = {options.suite}: LIBERO has none so called{did_you_mean(options.suite, suites)}"
+            )
         with contextlib.redirect_stdout(io.StringIO()):  # it announces the order of its tasks
             self._suite: Any = suites[options.suite]()
         self._tasks = list(range(self._suite.n_tasks)) if options.tasks is None else list(options.tasks)

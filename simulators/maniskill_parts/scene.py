@@ -22,6 +22,7 @@ from mani_skill.utils.registration import REGISTERED_ENVS
 from torch import Tensor
 
 from mmrl.errors import EnvironmentMissing, MMRLError
+from mmrl.registry import did_you_mean
 from mmrl.types import ActionSpec
 from simulators.maniskill_parts.options import Options, in_words, sentences
 
@@ -48,7 +49,9 @@ class Scene:
         if options.registered_by is not None:
             _import(options.registered_by)
         if options.task not in REGISTERED_ENVS:
-            raise MMRLError(f"ManiSkill has no task '{options.task}'; it has {', '.join(sorted(REGISTERED_ENVS))}")
+            raise MMRLError(
+                f"environment.task = {options.task}: ManiSkill has none so called{did_you_mean(options.task, REGISTERED_ENVS)}"
+            )
         self.options = options
         self.env: Any = _make(options, num_envs, gpu)
         self._dense_B = torch.zeros(num_envs, device=self.env.device)  # the last dense reward, for that of progress

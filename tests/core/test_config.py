@@ -280,7 +280,7 @@ def test_base_errors_name_the_file(tmp_path: Path) -> None:
         config.load(loop)
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: there is no such file"):
         config.load(lost)
-    with pytest.raises(ConfigError, match=": is a folder; name a YAML file in it$"):
+    with pytest.raises(ConfigError, match=r": is a folder; name a YAML file in it$"):
         config.load(tmp_path)
 
 

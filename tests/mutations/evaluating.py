@@ -130,6 +130,13 @@ EVALUATING: tuple[Row, ...] = (
         "tests/policies/test_pi0_checkpoint.py::test_a_checkpoint_of_another_model_is_refused_before_anything_is_built",
     ),
     (
+        "pi0: actions of another robot are cut to size",
+        "policies/pi0.py",
+        "        if found > known:\n",
+        "        if False:\n",
+        "tests/policies/test_pi0_checkpoint.py::test_actions_of_another_robot_are_not_cut_to_size",
+    ),
+    (
         "trainer: a run that fails in its first evaluation stays",
         "mmrl/trainer.py",
         "        self.trained = False  # whether",

@@ -438,6 +438,8 @@ def test_fields_that_do_not_fit_are_refused(sd3: str, fields: dict[str, Any], sa
 def test_what_it_cannot_read_is_refused_in_a_sentence(sd3: str, tmp_path: Path) -> None:
     with pytest.raises(MMRLError, match="is no checkpoint in diffusers' format"):
         Diffusion(tiny.config(str(tmp_path)), device=tiny.CPU)
+    with pytest.raises(MMRLError, match="is no folder here, and the hub gave no checkpoint in diffusers' format"):
+        Diffusion(tiny.config(str(tmp_path / "nowhere")), device=tiny.CPU)
     with pytest.raises(MMRLError, match="cannot be loaded"):
         Diffusion(tiny.config(sd3, weights="pretrained"), device=tiny.CPU)
     with pytest.raises(MMRLError, match=r"policy\.height = 20 is no multiple of 8"):

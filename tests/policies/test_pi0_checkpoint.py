@@ -190,6 +190,13 @@ def test_fewer_action_dimensions_than_statistics_are_the_first_ones(architecture
     assert policy.supervised_loss(tiny.examples(5), tiny.generator()).value.isfinite()
 
 
+def test_actions_of_another_robot_are_not_cut_to_size(architecture: str) -> None:
+    for action_dim in (2, None):
+        policy = tiny.build(architecture, action_dim=action_dim)
+        with pytest.raises(MMRLError, match=rf"was trained with {tiny.ACTION} numbers of actions, but the examples have 7"):
+            policy.supervised_loss(tiny.examples(5, dim=7), tiny.generator())
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +294,9 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_built(
 def test_a_folder_that_is_not_there_is_said_to_be_none(tmp_path: Path) -> None:
     with pytest.raises(MMRLError, match="is no folder here, and as a hub id it cannot be loaded as a pi0"):
         Pi0(tiny.config(str(tmp_path / "nowhere")), device=tiny.CPU)
+    (tmp_path / "run/policy").mkdir(parents=True)
+    with pytest.raises(MMRLError, match=r"it is a run's, whose policy is .*run/policy$"):
+        Pi0(tiny.config(str(tmp_path / "run"), weights="pretrained"), device=tiny.CPU)
 
 
 def altered(**fields: Any) -> Observation:

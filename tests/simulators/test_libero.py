@@ -80,9 +80,15 @@ def test_tasks_and_initial_states_in_turn(make: Make) -> None:
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"suite": "libero_spacial"}, "no suite 'libero_spacial'; it has .*libero_spatial"),
+        (
+            {"suite": "libero_spacial"},
+            "environment.suite = libero_spacial: LIBERO has none so called; did you mean 'libero_spatial'",
+        ),
         ({"tasks": (3, 10)}, "'environment.tasks' must be numbers below 10"),
-        ({"suite": "libero_goal_temp", "tasks": (0,)}, r"(initial states .* not installed|no suite|at least one|numbers below)"),
+        (
+            {"suite": "libero_goal_temp", "tasks": (0,)},
+            r"(initial states .* not installed|none so called|at least one|numbers below)",
+        ),
     ],
     ids=str,
 )

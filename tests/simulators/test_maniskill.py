@@ -129,7 +129,10 @@ def test_the_batched_class_gives_what_the_workers_give(make: Make) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "match"),
-    [({"task": "PushCub-v1"}, "no task 'PushCub-v1'; it has .*PushCube-v1"), ({"control_mode": "by_hand"}, "control_mode")],
+    [
+        ({"task": "PushCub-v1"}, "environment.task = PushCub-v1: ManiSkill has none so called; did you mean 'PushCube-v1'"),
+        ({"control_mode": "by_hand"}, "control_mode"),
+    ],
 )
 def test_what_does_not_exist_is_named(make: Make, fields: dict[str, str], match: str) -> None:
     with pytest.raises(MMRLError, match=match):
