@@ -19,6 +19,7 @@ from mmrl.errors import MMRLError
 from mmrl.protocols import DataContext, Environment, ExpertEnvironment
 from mmrl.types import Examples, Observation
 
+_SPAN = 400_000  # of the first task ids of seeds: with the default ``first_task`` they stay below those of evaluations
 HOPELESS = 1000  # failed demonstrations after which there is no point in waiting for a success
 
 
@@ -152,8 +153,8 @@ class ScriptedDemonstrations:
     def __init__(self, config: Config, *, context: DataContext) -> None:
         slots = min(config.num_envs or config.episodes, config.episodes)
         environment = context.make_environment(slots, config.environment)
-        # Another seed of the run means other demonstrations.
-        first = config.first_task + context.seed * config.episodes
+        # Another seed of the run means other demonstrations, but never the episodes of an evaluation.
+        first = config.first_task + context.seed * config.episodes % _SPAN
         tasks = torch.arange(first, first + config.episodes, device=context.device)
         self._generator = torch.Generator().manual_seed(context.seed)
         self._examples = _record_all(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmrl.config import MeasuringConfig
 from mmrl.data.demonstrations import ExpertStream, ScriptedDemonstrations, record
 from mmrl.errors import MMRLError
 from mmrl.protocols import DataContext
@@ -138,6 +139,15 @@ def test_few_demonstrations_are_drawn_from_for_ever() -> None:
     assert max(counts.values()) < 40 * 2 and min(counts.values()) > 10  # about 40 each
     failures = demonstrations(only_successes=False)
     assert (14, 5) in set(check(failures.batch(2000)))
+
+
+@pytest.mark.parametrize("seed", [1000, 1001, 123_456, 2**31])
+def test_no_seed_demonstrates_what_is_evaluated(seed: int) -> None:
+    first = ScriptedDemonstrations.Config(episodes=1).first_task
+    state_N2 = (
+        demonstrations(seed, episodes=500, first_task=first, num_envs=50, only_successes=False).batch(300).observation.state
+    )
+    assert state_N2 is not None and first <= state_N2[:, 0].min() and state_N2[:, 0].max() < MeasuringConfig().first_task
 
 
 def test_another_seed_has_other_demonstrations() -> None:

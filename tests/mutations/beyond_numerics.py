@@ -459,6 +459,13 @@ CORE: tuple[Row, ...] = (
         "tests/core/test_endurance.py::test_a_run_killed_again_and_again_ends_where_an_unkilled_one_does",
     ),
     (
+        "demonstrations: those of a large seed are the episodes of the evaluation",
+        "mmrl/data/demonstrations.py",
+        "context.seed * config.episodes % _SPAN",
+        "context.seed * config.episodes",
+        "tests/core/test_demonstrations.py::test_no_seed_demonstrates_what_is_evaluated",
+    ),
+    (
         "demonstrations: random bursts are imitated",
         "mmrl/data/demonstrations.py",
         "valid.append(step.valid_BC[:, 0] & own_B)",
