@@ -8,7 +8,8 @@ weight 0 is logged and changes nothing.
 
 ``normalised`` first puts each reward on the scale of its group, so that none drowns another: with S the sum of an episode's
 scores, mean and standard deviation (unbiased) over the episodes of its task, s_t becomes s_t / (std + 1e-6), and mean / (std +
-1e-6) is taken off at the last decision; an episode's scores then add up to (S - mean) / (std + 1e-6). With GRPO's ``scale:
+1e-6) is taken off at the last decision; an episode's scores then add up to (S - mean) / (std + 1e-6). Where the episodes of a task
+all have the same S, the reward says nothing of them and has no scale: it is 0 there, in every turn. With GRPO's ``scale:
 batch_std`` that is GDPO (arXiv 2601.05242).
 
 An episode of which a score failed (NaN) counts for nothing, as one that the simulator lost: its decisions are not valid, and it
@@ -169,7 +170,7 @@ class Scorer:
 
 
 def _normalised(places_TB: Tensor, episodes: EpisodeRecord, scored_M: Tensor) -> Tensor:
-    """Scores on the scale of their group's scored episodes; those of a group of one are 0."""
+    """Scores on the scale of their group's scored episodes; those of a group of one, or without spread, are 0."""
     assert episodes.spans_M3 is not None
     spans, placed_TB = episodes.spans_M3.tolist(), torch.zeros_like(places_TB)
     for members in by_task(episodes.transcripts).values():
@@ -177,7 +178,10 @@ def _normalised(places_TB: Tensor, episodes: EpisodeRecord, scored_M: Tensor) ->
         if len(own) < 2:
             continue
         totals = torch.stack([places_TB[first : last + 1, slot].sum() for slot, first, last in own])
-        scale = totals.std() + EPS
+        spread = totals.std()
+        if spread < EPS:
+            continue
+        scale = spread + EPS
         for slot, first, last in own:
             placed_TB[first : last + 1, slot] = places_TB[first : last + 1, slot] / scale
             placed_TB[last, slot] -= totals.mean() / scale

@@ -150,6 +150,24 @@ def test_normalised_rewards_are_on_one_scale() -> None:
     assert metrics["reward/mark"] == pytest.approx(sum(marks) / 6)  # as it was given
 
 
+class Shifted(Turns):
+    """1 in all, for the first turn of every other conversation and the last turn of the others."""
+
+    def per_turn(self, transcripts: Sequence[Transcript]) -> list[list[float]]:
+        return [
+            [float(t == (0 if m % 2 else len(each.turns) - 1)) for t in range(len(each.turns))]
+            for m, each in enumerate(transcripts)
+        ]
+
+
+def test_a_reward_that_does_not_tell_a_group_s_episodes_apart_is_nothing_there() -> None:
+    """It has no scale: divided by a spread of 1e-6, scores of single turns would drown every other reward."""
+    marks = [1.0, 3.0, 7.0, 8.0, 0.0, 0.5]
+    alone, _ = scored(block("mark", 1.0, marks), combine="normalised")
+    both, _ = scored(block("mark", 1.0, marks), block("shifted", 1.0, kind=Shifted), combine="normalised")
+    assert torch.equal(both.rewards_TB, alone.rewards_TB)
+
+
 @pytest.mark.parametrize("combine", ["sum", "normalised"])
 @pytest.mark.parametrize("scale", ["group_std", "batch_std"])
 def test_an_episode_without_a_score_is_as_one_that_was_lost(combine: str, scale: Any) -> None:
