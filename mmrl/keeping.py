@@ -62,7 +62,7 @@ def write_conversation(
         "scores": {name: _known(score) for name, score in transcript.scores.items()},
         "ended": transcript.ended,
         "evidence": None if box is None else [float(side) for side in box],
-        "pictures": [_keep(picture, folder) for message in transcript.messages for picture in message.pictures],
+        "pictures": _pictures(transcript, folder),
         "messages": messages,
     }
     atomic_write_text(folder / f"{name}.json", json.dumps(record, ensure_ascii=False, default=str) + "\n")
@@ -91,8 +91,20 @@ def _call(call: CallRecord, reply: int | None) -> dict[str, Any]:
     }
 
 
+def _pictures(transcript: Transcript, folder: Path) -> list[dict[str, Any]]:
+    """Their entries. ``number`` is what calls name a picture by: they count from the last question on, as examples do too."""
+    kept: list[dict[str, Any]] = []
+    before = 0
+    for message in transcript.messages:
+        before = len(kept) if message.role == "user" else before
+        for picture in message.pictures:
+            source = None if picture.source is None else before + picture.source
+            kept.append({**_keep(picture, folder), "number": len(kept) - before + 1, "source": source})
+    return kept
+
+
 def _keep(picture: Picture, folder: Path) -> dict[str, Any]:
-    """Its entry; the file is written unless it is there."""
+    """What is known of it alone; the file is written unless it is there."""
     path = folder / PICTURES / f"{picture.key[:24]}.webp"
     if not path.exists():
         image = picture.image.copy()
@@ -101,7 +113,7 @@ def _keep(picture: Picture, folder: Path) -> dict[str, Any]:
         atomic_write_bytes(path, min((_webp(image, lossless=way) for way in ways), key=len))
     about = {"file": f"{PICTURES}/{path.name}", "width": picture.image.width, "height": picture.image.height}
     box = None if picture.source is None else [round(side, 2) for side in picture.box_in_source()]
-    return {**about, "source": picture.source, "box": box}
+    return {**about, "box": box}
 
 
 def _webp(image: Image.Image, *, lossless: bool) -> bytes:

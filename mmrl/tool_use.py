@@ -89,7 +89,7 @@ class ToolEnvironment:
         """Marks from which an answer counts as a success."""
         demonstrations: int = Field(default=0, ge=0)
         """Examples in front of the question, solved by the questions' scripted expert with the same tools; lower it from stage to
-        stage, down to 0 (ICRL, 2603.08068)."""
+        stage, down to 0 (ICRL, 2603.08068). In each of them, and in the question, pictures are numbered from 1."""
         timeout_s: float = Field(default=10.0, gt=0)
         """Time of a call; a late one is an error message to the model."""
         max_calls: int = Field(default=4, ge=1)
@@ -185,7 +185,7 @@ class ToolEnvironment:
             return Turn(message)
         outcomes = self.toolbox.run(
             calls,
-            pictures=[picture for said in slot.transcript.messages for picture in said.pictures],
+            pictures=slot.transcript.pictures,
             state=slot.state,
             conversation=slot.task_id,
             turn=len(slot.turns),

@@ -118,6 +118,12 @@ class Transcript:
         return pictures[-1] if pictures else None
 
     @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Those that calls name, from the question (the opening's last message) on. Examples before it count their own."""
+        asked = max(len(self.opening) - 1, 0)
+        return tuple(picture for message in self.messages[asked:] for picture in message.pictures)
+
+    @property
     def mark(self) -> float:
         """Of the answer: 0 (wrong, or none) to 1; NaN for a picture."""
         return 0.0 if self.answer is None else float(self.question.check(self.answer))

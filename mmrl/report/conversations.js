@@ -16,8 +16,8 @@
   const boxes = (talk, n) => {
     const { width, height } = talk.pictures[n];
     const within = ([left, top, right, bottom]) => right - left < width || bottom - top < height;
-    const cut = talk.pictures.map((picture, i) => ({ name: `image ${i + 1}`, box: picture.source === n ? picture.box : null }));
-    const evidence = n === 0 && talk.evidence ? [{ name: "evidence", box: talk.evidence, kind: "evidence" }] : [];
+    const cut = talk.pictures.map((picture) => ({ name: `image ${picture.number}`, box: picture.source === n ? picture.box : null }));
+    const evidence = n === talk.asked && talk.evidence ? [{ name: "evidence", box: talk.evidence, kind: "evidence" }] : [];
     return [...evidence, ...cut.filter(({ box }) => box && within(box))].map(({ name, box: [left, top, right, bottom], kind }) => {
       const part = (value, whole) => `${((100 * value) / whole).toFixed(2)}%`;
       const box = html("span", { class: `box ${kind ?? ""}` }, html("small", {}, name));
@@ -29,14 +29,14 @@
   const screen = (talk, n) => {
     const { file, width, height } = talk.pictures[n], source = data.pictures[file];
     if (!source) return html("span", { class: "screen missing" }, "not embedded, to keep this page small");
-    const image = html("img", { src: source, alt: `Image ${n + 1} of the conversation.`, width, height });
+    const image = html("img", { src: source, alt: `Image ${talk.pictures[n].number} of the conversation.`, width, height });
     if (Math.max(width, height) <= 128) image.classList.add("small");
     return html("span", { class: "screen" }, image, ...boxes(talk, n));
   };
 
   const caption = (talk, n) => {
-    const { width, height, source } = talk.pictures[n];
-    return `image ${n + 1} · ${width} × ${height}${source === null ? "" : ` · of image ${source + 1}`}`;
+    const { number, width, height, source } = talk.pictures[n];
+    return `image ${number} · ${width} × ${height}${source === null ? "" : ` · of image ${talk.pictures[source].number}`}`;
   };
 
   const enlarge = (talk, n) => {

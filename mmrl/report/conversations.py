@@ -116,7 +116,7 @@ def _embedded(files: Iterable[str], folder: Path) -> dict[str, str]:
 
 def _talk(record: Mapping[str, Any]) -> Talk:
     """Raises KeyError, TypeError, ValueError or IndexError where the record is not what mmrl.keeping writes."""
-    pictures = [_picture(picture) for picture in record["pictures"]]
+    pictures = [_picture(picture, place + 1) for place, picture in enumerate(record["pictures"])]
     messages = [_message(message, len(pictures)) for message in record["messages"]]
     calls = [call for message in messages for call in message.get("calls", ())]
     if any(call["reply"] is not None and not 0 <= call["reply"] < len(messages) for call in calls):
@@ -136,6 +136,7 @@ def _talk(record: Mapping[str, Any]) -> Talk:
         "rewards": rewards,
         "total": _number(record.get("return")),
         "pictures": pictures,
+        "asked": max((place for place, picture in enumerate(pictures) if picture["number"] == 1), default=0),
         "messages": messages,
     }
     iteration = record.get("iteration")
@@ -156,7 +157,7 @@ def _talk(record: Mapping[str, Any]) -> Talk:
     )
 
 
-def _picture(record: Mapping[str, Any]) -> dict[str, Any]:
+def _picture(record: Mapping[str, Any], number: int) -> dict[str, Any]:
     file = Path(str(record["file"]))
     if file.suffix not in MIME or file.is_absolute() or ".." in file.parts:  # a record cannot reach outside its folder
         raise ValueError("no picture of this folder")
@@ -165,6 +166,7 @@ def _picture(record: Mapping[str, Any]) -> dict[str, Any]:
         "file": file.as_posix(),
         "width": int(record["width"]),
         "height": int(record["height"]),
+        "number": int(record.get("number", number)),  # of records that are older, its place
         "source": None if source is None else int(source),
         "box": _box(record.get("box")),
     }

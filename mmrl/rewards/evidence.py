@@ -64,10 +64,9 @@ def derived_pictures(transcript: Transcript, call: CallRecord) -> list[Picture]:
     first = first_picture(transcript.question)
     if first is None or call.error is not None:
         return []
-    shown = [picture for message in transcript.opening for picture in message.pictures]
-    numbers = [number for number, picture in enumerate(shown) if picture is first or picture.key == first.key]
-    number = numbers[-1] if numbers else 0  # demonstrations may show pictures before it
-    return [picture for picture in call.result.pictures if picture.source == number]
+    shown = [part for part in transcript.question.parts if isinstance(part, Picture)]
+    numbers = {number for number, picture in enumerate(shown) if picture.key == first.key}  # it may be shown twice
+    return [picture for picture in call.result.pictures if picture.source in numbers]
 
 
 def expected_box(question: Question) -> Box | None:

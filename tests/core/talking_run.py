@@ -116,10 +116,12 @@ class Sums(ToolEnvironment):
     @dataclass(frozen=True, config=STRICT)
     class Config:
         picture: bool = False
+        examples: int = 0
 
     def __init__(self, config: Config, *, num_envs: int, device: torch.device) -> None:
         tools = (asking.add, asking.left_half, asking.fail)
-        super().__init__(asking.environment(*tools, picture=config.picture).config, num_envs=num_envs, device=device)
+        made = asking.environment(*tools, picture=config.picture, demonstrations=config.examples)
+        super().__init__(made.config, num_envs=num_envs, device=device)
 
 
 FAKES = {"fake:Chooser": Chooser, "fake:Mumbler": Mumbler, "fake:Sums": Sums}

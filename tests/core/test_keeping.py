@@ -49,6 +49,14 @@ def play(folder: Path, environment: Any, tasks: list[int], kept: list[int], star
 # ---------------------------------------------------------------- evaluations
 
 
+def test_pictures_have_the_numbers_that_calls_name_them_by(tmp_path: Path) -> None:
+    """In each example before the question, and in the question, from 1; a source is a place among all that are kept."""
+    play(tmp_path, Sums(Sums.Config(picture=True, examples=2), num_envs=1, device=CPU), [4], [4])
+    (record,) = read(tmp_path)
+    assert [picture["number"] for picture in record["pictures"]] == [1, 2] * 3
+    assert [picture["source"] for picture in record["pictures"]] == [None, 0, None, 2, None, 4]
+
+
 def test_an_episode_that_is_a_conversation_is_written_down(tmp_path: Path) -> None:
     play(tmp_path, Sums(Sums.Config(picture=True), num_envs=2, device=CPU), [3, 4, 5, 6], [4, 5])
     assert [path.name for path in sorted(tmp_path.glob("*.json"))] == ["film-4.json", "film-5.json"]
@@ -68,6 +76,7 @@ def test_an_episode_that_is_a_conversation_is_written_down(tmp_path: Path) -> No
     first, second = record["pictures"]
     assert (first["width"], first["height"], first["source"], first["box"]) == (40, 32, None, None)
     assert (second["width"], second["height"], second["source"], second["box"]) == (20, 32, 0, [0, 0, 20, 32])
+    assert (first["number"], second["number"]) == (1, 2)
     system, asked, looked, seen, answered = record["messages"]
     assert system["role"] == "system" and system["parts"][0].startswith("# Tools")
     assert asked == {"role": "user", "parts": [0, "Which colour?"]}

@@ -25,8 +25,10 @@ CUT = PICTURE.derived(Image.new("RGB", (20, 10), (30, 30, 200)), (1, 0, 15, 0, 1
 LONG = "\n".join(f"line {i} of a long result" for i in range(40))
 
 
-def conversation(folder: Path, n: int, *, success: bool, tools: tuple[str, ...] = (), **about: Any) -> None:
-    """Task ``n``: a call of each tool (``fail`` fails) and an answer, with tokens of two letters."""
+def conversation(
+    folder: Path, n: int, *, success: bool, tools: tuple[str, ...] = (), example: tuple[Message, ...] = (), **about: Any
+) -> None:
+    """Task ``n``, after ``example``: a call of each tool (``fail`` fails) and an answer, with tokens of two letters."""
     asked = Message("user", (PICTURE, f"Question {n}?"))
     calls = tuple(
         CallRecord(
@@ -42,7 +44,7 @@ def conversation(folder: Path, n: int, *, success: bool, tools: tuple[str, ...] 
     called = [Turn(Message("assistant", ("I look. " + ATTACK,)), calls, replies)] if tools else []
     turns = (*called, Turn(Message("assistant", ("yes" if success else "no",), finish="stop")))
     told = Transcript(n, Question("tale", asked.parts, ("yes",), lambda answer: float(answer == "yes"), {"box": (5, 5, 30, 30)}),
-                      (Message("system", ("Be good. " * 200,)), asked), turns, "yes" if success else "no", "answer")  # fmt: skip
+                      (Message("system", ("Be good. " * 200,)), *example, asked), turns, "yes" if success else "no", "answer")  # fmt: skip
     worth = 0.5 if success else -0.5
     learned = []
     for turn in turns:
@@ -67,7 +69,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = run / "trajectories"
     conversation(folder, 0, success=True, tools=("crop",))
     conversation(folder, 1, success=False)
-    conversation(folder, 2, success=True, tools=("crop", "search"))
+    once = (Message("user", (PICTURE, "Once?")), Message("assistant", ("yes",)))
+    conversation(folder, 2, success=True, tools=("crop", "search"), example=once)
     conversation(folder, 3, success=False, tools=("fail",), iteration=2, instruction=ATTACK)
     conversation(folder, 4, success=True, label="after", iteration=None)
     return run
@@ -239,7 +242,9 @@ def test_filters_and_opened_conversations_in_a_browser(run_dir: Path, tmp_path: 
     assert 'class="t down"' in by_task[1] and 'class="t up"' not in by_task[1] and "data-i" not in by_task[4]
     assert "✕ malformed" in text_of(by_task[3]) and "a call that could not be read" in by_task[3]
     assert "left: 25%; top: 50%; width: 33.33%; height: 25%" in by_task[2]  # the crop in what it was cut from
-    assert 'class="box evidence"' in by_task[2] and by_task[2].count("<img") == 3
+    images = by_task[2].split("<img")[1:]  # an example's, the question's, and what two calls gave
+    assert ["box evidence" in image for image in images] == [False, True, False, False], "the evidence is the question's"
+    assert ["image 1 · 60 × 40" in images[at] for at in (0, 1)] == [True, True] and "image 2 · 20 × 10 · of image 1" in images[2]
     assert "attacked" in html.unescape(text) and "<img src=" not in re.sub(r'<img src="data:', "", dom)
 
 

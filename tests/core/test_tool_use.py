@@ -14,6 +14,7 @@ from mmrl.errors import ConfigError
 from mmrl.messages import Message
 from mmrl.playing import Player
 from mmrl.protocols import AsyncEnvironment, Environment, ExpertEnvironment
+from mmrl.rewards.evidence import derived_pictures
 from mmrl.transcripts import TalkingEnvironment
 from mmrl.types import Step
 from tests.core import asking
@@ -196,6 +197,20 @@ def test_examples_stand_before_the_question_and_nobody_asks_for_their_tasks() ->
     assert [message.role for message in conversation] == ["system", *("user", "assistant", "tool", "assistant") * 2, "user"]
     assert all(not message.token_ids for message in conversation) and conversation[-1].text == "What is 4 + 1?"
     assert conversation[3].text == conversation[4].text != "5"
+
+
+def test_pictures_are_numbered_from_1_in_every_example_and_in_the_question() -> None:
+    """Else an example would teach to look at another example's picture, and numbers would change as examples become fewer."""
+    made = asking.environment(asking.left_half, num_envs=1, picture=True, demonstrations=2)
+    for colour, task in ((name, sorted(asking.COLOURS).index(name)) for name in asking.COLOURS):
+        made.reset(torch.tensor([task]))
+        step = made.step(made.expert_action())
+        (call_made,) = made.transcript(0).calls
+        (half,) = call_made.result.pictures
+        assert half.image.getpixel((0, 0)) == asking.COLOURS[colour] and half.source == 0
+        shown = [text for text in texts(step, 0) if text.startswith("tool")]
+        assert shown == ["tool: Image 2 is 20 x 32 pixels."] * 3
+        assert derived_pictures(made.transcript(0), call_made) == [half], "rewards know it as one of the question's"
 
 
 def test_episodes_do_not_depend_on_the_seats() -> None:

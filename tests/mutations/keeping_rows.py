@@ -16,6 +16,20 @@ KEEPING: tuple[Row, ...] = (
         f"{_KEPT}::test_tokens_have_the_numbers_of_the_rollout",
     ),
     (
+        "keeping: pictures of examples are counted on",
+        "mmrl/keeping.py",
+        'before = len(kept) if message.role == "user" else before',
+        "before = 0",
+        f"{_KEPT}::test_pictures_have_the_numbers_that_calls_name_them_by",
+    ),
+    (
+        "keeping: a source is a place in its example",
+        "mmrl/keeping.py",
+        "else before + picture.source",
+        "else picture.source",
+        f"{_KEPT}::test_pictures_have_the_numbers_that_calls_name_them_by",
+    ),
+    (
         "keeping: tokens that are masked seem to carry loss",
         "mmrl/keeping.py",
         "if kept and trained else None]",

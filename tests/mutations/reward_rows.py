@@ -88,6 +88,13 @@ REWARDS: tuple[Row, ...] = (
         f"{_SCORER}::test_normalised_rewards_are_on_one_scale",
     ),
     (
+        "rewarding: what has no spread has a scale",
+        "mmrl/rewarding.py",
+        "if spread < EPS:",
+        "if False:",
+        f"{_SCORER}::test_a_reward_that_does_not_tell_a_group_s_episodes_apart_is_nothing_there",
+    ),
+    (
         "rewarding: one scale for all groups",
         "mmrl/rewarding.py",
         "for members in by_task(episodes.transcripts).values():",
@@ -279,7 +286,7 @@ REWARDS: tuple[Row, ...] = (
     (
         "evidence: pictures of any source",
         "mmrl/rewards/evidence.py",
-        "if picture.source == number]",
+        "if picture.source in numbers]",
         "if picture.source is not None]",
         f"{_OTHERS}::test_a_call_that_failed_and_pictures_from_elsewhere_show_nothing",
     ),

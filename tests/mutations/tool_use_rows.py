@@ -39,9 +39,16 @@ TOOL_USE: tuple[Row, ...] = (
     (
         "tool_use: tools see the question's pictures alone",
         "mmrl/tool_use.py",
-        "for said in slot.transcript.messages for picture",
-        "for said in slot.opening for picture",
+        "pictures=slot.transcript.pictures,",
+        "pictures=[part for part in slot.question.parts if not isinstance(part, str)],",
         f"{_USE}::test_pictures_of_tools_can_be_named_in_later_calls",
+    ),
+    (
+        "tool_use: calls count the pictures of examples",
+        "mmrl/transcripts.py",
+        "for message in self.messages[asked:] for picture",
+        "for message in self.messages for picture",
+        f"{_USE}::test_pictures_are_numbered_from_1_in_every_example_and_in_the_question",
     ),
     (
         "tool_use: what tools keep outlives the conversation",

@@ -198,12 +198,14 @@ def test_a_call_that_failed_and_pictures_from_elsewhere_show_nothing() -> None:
     stranger = type(own)("image_search", {}, type(own.result)(pictures=(PICTURE,)))
     for call in (failed, stranger):
         assert evidence.picture_score(tale([call], about=about), call) == 0
-    # A demonstration's picture stands before the question's.
-    shown = Picture(Image.new("RGB", (100, 80)))
-    opening = (Message("user", (shown, "once")), Message("user", about.parts))
-    for on, number, value in (((shown, PICTURE), 2, 1.0), ((shown, PICTURE), 1, 0.0)):
-        call = used("crop", on=on, image=number, box=BOX)
-        assert evidence.picture_score(tale([call], about=about, opening=opening), call) == value
+    # Calls do not count an example's picture that stands before the question; the question may show its picture twice.
+    other = Picture(Image.new("RGB", (100, 80)))
+    opening = (Message("user", (other, "once")), Message("user", about.parts))
+    assert evidence.picture_score(tale([good], about=about, opening=opening), good) == 1
+    asked = question((PICTURE, other, PICTURE), box=BOX)
+    for number, value in ((1, 1.0), (2, 0.0), (3, 1.0)):
+        call = used("crop", on=(PICTURE, other, PICTURE), image=number, box=BOX)
+        assert evidence.picture_score(tale([call], about=asked), call) == value
 
 
 @pytest.mark.parametrize(
