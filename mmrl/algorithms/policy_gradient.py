@@ -65,7 +65,7 @@ class PolicyGradientConfig:
     entropy_weight: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus; moves only policies whose noise is learned."""
     kl_weight: float = Field(default=0.0, ge=0)
-    """Weight of the KL to the policy the stage started from."""
+    """Weight of the KL to the policy the stage started from (one that talks may name another: ``policy.reference``)."""
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
     """Schulman's estimator of that KL; in rewards, k1 is the usual one."""
     kl_in: Literal["loss", "reward"] = "loss"

@@ -6,7 +6,6 @@ pass scores all its turns. Tokens that stand for pictures are never drawn, and h
 
 from __future__ import annotations
 
-import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from policies.chat_parts.engine import Engine, Generated, LocalEngine, Request, 
 from policies.chat_parts.network import Network
 from policies.chat_parts.pieces import Heard, Piece, Said
 from policies.chat_parts.scoring import Scores, score, spoken_in
-from policies.shared.adapters import LoraOptions, add_adapters, merged
+from policies.shared.adapters import LoraOptions, add_adapters, frozen_twin, merged, without_adapters
 from policies.shared.checkpoints import load_heads, load_tokenizer, save_heads
 from policies.shared.heads import CriticHead
 from policies.shared.vision_language import model_groups
@@ -84,6 +83,8 @@ class ChatConfig:
     """Which weights learn: everything (see also ``frozen``), or low-rank adapters."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     """Used with ``train: lora``."""
+    reference: Literal["start", "base"] = "start"
+    """What a KL is measured from: the weights with which the stage began, or (``train: lora``) the model without adapters."""
     frozen: str | None = None
     """Regular expression over names of weights that do not learn with ``train: all``, such as ``.*visual.*``."""
     critic: CriticOptions | None = None
@@ -174,6 +175,10 @@ class ChatPolicy(nn.Module, ABC):
 
     def _freeze(self) -> None:
         config = self.config
+        if config.reference == "base" and config.train != "lora":
+            raise MMRLError(
+                "policy.reference = 'base' is the model without adapters, but policy.train = 'all' has none; use reference: start"
+            )
         if config.train == "lora":
             lora = config.lora
             add_adapters(self.model, rank=lora.rank, alpha=lora.alpha, modules=lora.modules, seed=config.seed + 2)
@@ -284,8 +289,12 @@ class ChatPolicy(nn.Module, ABC):
         save_heads(self._heads(), folder)
 
     def reference(self) -> ChatPolicy:
+        """A frozen twin, or (``reference: base``) one without adapters; it shares the weights that do not learn."""
         self.engine.forget()
-        return copy.deepcopy(self).requires_grad_(False)
+        twin = frozen_twin(self)
+        if self.config.reference == "base":
+            without_adapters(twin.model)
+        return twin
 
     def needs_statistics(self) -> bool:
         return False

@@ -48,6 +48,20 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: int, modules: str, seed:
             raise MMRLError(f"policy.lora.modules = {modules!r} fits no layer ({first_line(error)})") from error
 
 
+def frozen_twin(module: Model) -> Model:
+    """A copy that does not learn. What does not learn in the original either is not copied: it belongs to both."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(module, memo).requires_grad_(False)
+
+
+def without_adapters(model: Model) -> Model:
+    """``model`` itself, its adapters off: it computes what it would without them."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(enabled=False)
+    return model
+
+
 def merged(model: Model) -> Model:
     """A copy with every peft adapter merged into its base layer, so that the names are transformers' own again."""
     model = copy.deepcopy(model)

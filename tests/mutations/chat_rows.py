@@ -329,4 +329,32 @@ CHAT: tuple[Row, ...] = (
         "        return",
         "tests/core/test_conformance.py::test_the_command_prints_a_table_and_fails_where_something_fails",
     ),
+    (
+        "chat: a reference copies what does not learn",
+        "policies/shared/adapters.py",
+        "for parameter in module.parameters() if not parameter.requires_grad}",
+        "for parameter in module.parameters() if False}",
+        f"{_TRAINING}::test_a_reference_is_a_copy_of_what_learns_alone",
+    ),
+    (
+        "chat: a reference shares what learns",
+        "policies/shared/adapters.py",
+        "for parameter in module.parameters() if not parameter.requires_grad}",
+        "for parameter in module.parameters()}",
+        f"{_TRAINING}::test_a_reference_is_a_copy_of_what_learns_alone",
+    ),
+    (
+        "chat: the reference keeps its adapters",
+        _POLICY,
+        'if self.config.reference == "base":',
+        "if False:",
+        f"{_TRAINING}::test_a_reference_may_be_the_model_without_its_adapters",
+    ),
+    (
+        "chat: with the reference's adapters the policy's are off",
+        _POLICY,
+        "without_adapters(twin.model)",
+        "without_adapters(self.model)",
+        f"{_TRAINING}::test_a_reference_may_be_the_model_without_its_adapters",
+    ),
 )

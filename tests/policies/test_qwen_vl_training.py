@@ -274,6 +274,30 @@ def test_a_reference_stays_as_it_was(make: Callable[..., Any]) -> None:
         assert talk[-1].text in reference.ears.text(reference.ears.listen(talk)[0][0].ids.tolist())
 
 
+def test_a_reference_is_a_copy_of_what_learns_alone(build: Callable[..., Any]) -> None:
+    for fields in ({"train": "lora"}, {"frozen": ".*visual.*"}):
+        policy = build(**fields)
+        still = {name for name, p in policy.named_parameters() if not p.requires_grad}
+        theirs = {id(p) for p in policy.reference().parameters()}
+        assert {name for name, p in policy.named_parameters() if id(p) in theirs} == still != set()
+
+
+def test_a_reference_may_be_the_model_without_its_adapters(build: Callable[..., Any]) -> None:
+    policy, plain = build(train="lora", reference="base"), build()
+    trace = policy.pack(chat_play.collect(policy)).trace
+    adapters = [p for p in policy.parameters() if p.requires_grad]
+    for p in adapters:
+        torch.nn.init.normal_(p)
+    reference = policy.reference()
+    expected = plain.evaluate(trace).log_probs_NK
+    assert torch.equal(reference.evaluate(trace).log_probs_NK, expected)
+    own = policy.evaluate(trace).log_probs_NK
+    assert not torch.allclose(own, expected) and own.requires_grad, "the policy keeps its adapters, and they learn"
+    assert not torch.allclose(build(train="lora").reference().evaluate(trace).log_probs_NK, own)
+    with pytest.raises(MMRLError, match=r"policy\.reference = 'base' is the model without adapters, but policy\.train = 'all'"):
+        build(reference="base")
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
