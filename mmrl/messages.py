@@ -28,8 +28,9 @@ class Picture:
     """An RGB image of a conversation, and where its points lie in the picture it was made from.
 
     source: the number (from 0, in the order in which the conversation showed them, as calls count them) of the picture it was
-    first made from; None: of its own. to_source: (a, b, c, d, e, f) with x_source = a x + b y + c, y_source = d x + e y + f, in pixels, of which (0, 0)
-    is the upper left corner of the upper left pixel. A crop of a rotated picture still points into the picture that was rotated.
+    first made from; None: of its own. to_source: (a, b, c, d, e, f) with x_source = a x + b y + c, y_source = d x + e y + f, in
+    pixels, of which (0, 0) is the upper left corner of the upper left pixel. A crop of a rotated picture still points into the
+    picture that was rotated.
     """
 
     image: Image.Image

@@ -8,8 +8,8 @@ weight 0 is logged and changes nothing.
 
 ``normalised`` first puts each reward on the scale of its group, so that none drowns another: with S the sum of an episode's
 scores, mean and standard deviation (unbiased) over the episodes of its task, s_t becomes s_t / (std + 1e-6), and mean / (std +
-1e-6) is taken off at the last decision; an episode's scores then add up to (S - mean) / (std + 1e-6). Where the episodes of a task
-all have the same S, the reward says nothing of them and has no scale: it is 0 there, in every turn. With GRPO's ``scale:
+1e-6) is taken off at the last decision; an episode's scores then add up to (S - mean) / (std + 1e-6). Where all episodes of a
+task have the same S, the reward tells nothing of them and has no scale: it is 0 there, in every turn. With GRPO's ``scale:
 batch_std`` that is GDPO (arXiv 2601.05242).
 
 An episode of which a score failed (NaN) counts for nothing, as one that the simulator lost: its decisions are not valid, and it

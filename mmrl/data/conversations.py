@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from mmrl.calling import ToolSchema
 from mmrl.component import Component
 from mmrl.errors import DataError, MMRLError
 from mmrl.messages import Message, Picture, Role, ToolCall
@@ -117,7 +118,8 @@ class JsonlConversations:
 
     A line is an object with ``messages``: OpenAI's, with ``role`` and ``content`` (a string, or parts of type ``text``,
     ``image`` with a path relative to the file, or ``image_url`` with such a path as its ``url``), and an assistant's
-    ``tool_calls``, which are written as ``calls`` says. What assistants say is learned.
+    ``tool_calls``, which are written as ``calls`` says. ``tools``: functions as OpenAI's API takes them, of which the system
+    message tells as that of an environment does. Other keys are not read. What assistants say is learned.
     """
 
     @dataclass(frozen=True, config=_STRICT)
@@ -167,16 +169,37 @@ class JsonlConversations:
         try:
             row = json.loads(line)
             _expect(isinstance(row, dict) and isinstance(row.get("messages"), list), "is no object with a list 'messages'")
+            _expect(_is_text(row), "holds half of a surrogate pair, which no tokenizer takes")
             messages = tuple(self._message(at, message, load) for at, message in enumerate(row["messages"]))
             _expect(
                 any(message.role == "assistant" for message in messages), "'messages' has no assistant, so nothing is learned"
             )
             _expect(messages[0].role != "assistant", "'messages' begins with the assistant, before anything was asked")
+            about = self._about(row.get("tools") or [])
         except json.JSONDecodeError as error:
             raise DataError(f"{self._path}, line {number}: is no JSON ({error.msg} at character {error.pos})") from error
         except _BadLineError as error:
             raise DataError(f"{self._path}, line {number}: {error}") from error
-        return messages
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of brackets
+            raise DataError(f"{self._path}, line {number}: is no JSON (too many digits or brackets)") from error
+        return self._told(messages, about)
+
+    def _told(self, messages: Conversation, about: str) -> Conversation:
+        """With what the system message says of tools."""
+        if not about:
+            return messages
+        if messages[0].role != "system":
+            return (Message("system", (about,)), *messages)
+        return (replace(messages[0], parts=(*messages[0].parts, f"\n\n{about}")), *messages[1:])
+
+    def _about(self, tools: Any) -> str:
+        """What a model is told of a line's tools."""
+        _expect(isinstance(tools, list), "'tools' is no list of functions")
+        schemas = [_schema(f"tools[{place}]", tool) for place, tool in enumerate(tools)]
+        try:
+            return self._format.instructions(schemas) if schemas else ""
+        except ValueError as error:
+            raise _BadLineError(f"'tools': {error}") from error
 
     def _message(self, at: int, message: Any, load: bool) -> Message:
         key = f"messages[{at}]"
@@ -189,7 +212,9 @@ class JsonlConversations:
         parts = [content] if isinstance(content, str) else [] if content is None else content
         _expect(isinstance(parts, list), f"'{key}.content' is neither a string nor a list")
         read = [self._part(f"{key}.content[{place}]", part, load) for place, part in enumerate(parts)]
-        calls = tuple(_call(f"{key}.tool_calls[{place}]", call) for place, call in enumerate(message.get("tool_calls") or ()))
+        asked = message.get("tool_calls") or []
+        _expect(isinstance(asked, list), f"'{key}.tool_calls' is no list")
+        calls = tuple(_call(f"{key}.tool_calls[{place}]", call) for place, call in enumerate(asked))
         _expect(not calls or message["role"] == "assistant", f"'{key}.tool_calls': only an assistant calls tools")
         if calls:
             try:
@@ -214,13 +239,14 @@ class JsonlConversations:
             _expect(isinstance(part.get("text"), str), f"'{key}.text' is no string")
             return part["text"]
         _expect(kind in ("image", "image_url"), f"'{key}.type' is {kind!r}, not one of text, image, image_url")
-        place = part.get("image") if kind == "image" else (part.get("image_url") or {}).get("url")
+        linked = part.get("image_url")
+        place = part.get("image") if kind == "image" else linked.get("url") if isinstance(linked, Mapping) else None
         _expect(isinstance(place, str), f"'{key}' does not say where its picture is")
         path = self._path.parent / str(place).removeprefix("file://")
         try:
             with Image.open(path) as image:
-                return Picture(image.convert("RGB")) if load else _BLANK
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+                return Picture(ImageOps.exif_transpose(image).convert("RGB")) if load else _BLANK
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise _BadLineError(f"'{key}': the picture {path} cannot be read ({error})") from error
 
 
@@ -231,6 +257,24 @@ class _BadLineError(ValueError):
 def _expect(good: bool, problem: str) -> None:
     if not good:
         raise _BadLineError(problem)
+
+
+def _is_text(row: Any) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _schema(key: str, tool: Any) -> ToolSchema:
+    _expect(isinstance(tool, dict), f"'{key}' is no object")
+    about = tool.get("function", tool)
+    _expect(isinstance(about, dict) and isinstance(about.get("name"), str), f"'{key}' has no name")
+    description, parameters = about.get("description", ""), about.get("parameters", {})
+    _expect(isinstance(description, str), f"'{key}.description' is no string")
+    _expect(isinstance(parameters, dict), f"'{key}.parameters' is no object")
+    return ToolSchema(about["name"], description, parameters)
 
 
 def _call(key: str, call: Any) -> ToolCall:

@@ -124,6 +124,9 @@ GOOD: list[dict[str, Any]] = [
 ]
 
 
+ANSWER = {"role": "assistant", "content": "2"}
+
+
 def write(folder: Path, *rows: Any) -> Path:
     path = folder / "talks.jsonl"
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
@@ -156,6 +159,27 @@ def test_lines_become_conversations(tmp_path: Path) -> None:
     assert isinstance(picture, Picture) and picture.image.size == (8, 6) and picture.image.getpixel((0, 0)) == (200, 0, 0)
 
 
+@pytest.mark.parametrize("system", ["Be right.", None])
+def test_a_line_s_tools_are_told_as_the_environment_tells_of_its_own(tmp_path: Path, system: str | None) -> None:
+    environment = asking.environment(asking.add, num_envs=1, system=system or "")
+    told = (environment.reset(torch.tensor([0])).conversations or ())[0][0]
+    schemas = [schema.function for schema in environment.toolbox.schemas]
+    before = [] if system is None else [{"role": "system", "content": system}]
+    (talk,) = read(write(tmp_path, {"messages": [*before, *GOOD], "tools": schemas})).batch(1).conversations
+    assert (talk[0].role, talk[0].text) == (told.role, told.text)
+    assert [message.role for message in talk[1:]] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_pictures_stand_as_their_camera_says(tmp_path: Path) -> None:
+    turned = Image.new("RGB", (8, 6))
+    exif = turned.getexif()
+    exif[274] = 6  # turn it by 90 degrees to see it upright
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    asked = {"role": "user", "content": [{"type": "image", "image": "turned.jpg"}]}
+    (talk,) = read(write(tmp_path, {"messages": [asked, ANSWER]})).batch(1).conversations
+    assert talk[0].pictures[0].image.size == (6, 8)
+
+
 def test_the_order_depends_on_seed_and_cursor_alone(tmp_path: Path) -> None:
     path = write(tmp_path, *({"messages": [USER, {"role": "assistant", "content": str(i)}]} for i in range(9)))
     one, other = read(path), read(path)
@@ -163,9 +187,6 @@ def test_the_order_depends_on_seed_and_cursor_alone(tmp_path: Path) -> None:
     again = read(path)
     again.load_state_dict({name: tensor.clone() for name, tensor in one.state_dict().items()})
     assert said(one.batch(5)) == said(again.batch(5))
-
-
-ANSWER = {"role": "assistant", "content": "2"}
 
 
 @pytest.mark.parametrize(
@@ -194,6 +215,21 @@ ANSWER = {"role": "assistant", "content": "2"}
             "'messages[0].content[0]': the picture",
         ),
         ({"messages": [USER, {"role": "assistant", "content": [{"type": "image", "image": "red.png"}]}]}, "shows no pictures"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "red.png"}]}, ANSWER]},
+            "'messages[0].content[0]' does not say where its picture is",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "a\0b"}]}, ANSWER]},
+            "'messages[0].content[0]': the picture",
+        ),
+        ({"messages": [USER, {**ANSWER, "tool_calls": 1}]}, "'messages[1].tool_calls' is no list"),
+        ({"messages": [USER, {**ANSWER, "content": "\ud83d"}]}, "half of a surrogate pair"),
+        ('{"messages": [' + "9" * 5000 + "]}", "is no JSON (too many digits"),
+        ("[" * 100_000, "is no JSON (too many digits or brackets)"),
+        ({"messages": [USER, ANSWER], "tools": "add"}, "'tools' is no list of functions"),
+        ({"messages": [USER, ANSWER], "tools": [{"type": "function"}]}, "'tools[0]' has no name"),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "add", "parameters": []}]}, "'tools[0].parameters' is no object"),
     ],
 )
 def test_one_bad_line_is_one_sentence_that_names_it(tmp_path: Path, row: Any, problem: str) -> None:

@@ -43,8 +43,9 @@ def conversation(
     replies = tuple(Message("tool", (LONG, CUT)) for _ in tools)
     called = [Turn(Message("assistant", ("I look. " + ATTACK,)), calls, replies)] if tools else []
     turns = (*called, Turn(Message("assistant", ("yes" if success else "no",), finish="stop")))
-    told = Transcript(n, Question("tale", asked.parts, ("yes",), lambda answer: float(answer == "yes"), {"box": (5, 5, 30, 30)}),
-                      (Message("system", ("Be good. " * 200,)), *example, asked), turns, "yes" if success else "no", "answer")  # fmt: skip
+    question = Question("tale", asked.parts, ("yes",), lambda answer: float(answer == "yes"), {"box": (5, 5, 30, 30)})
+    opening = (Message("system", ("Be good. " * 200,)), *example, asked)
+    told = Transcript(n, question, opening, turns, "yes" if success else "no", "answer")
     worth = 0.5 if success else -0.5
     learned = []
     for turn in turns:

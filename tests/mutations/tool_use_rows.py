@@ -78,4 +78,25 @@ TOOL_USE: tuple[Row, ...] = (
         "self._spare = []",
         f"{_DATA}::test_a_resumed_source_gives_what_an_unbroken_one_would",
     ),
+    (
+        "conversations: a line's tools are not told of",
+        "mmrl/data/conversations.py",
+        "        if not about:\n            return messages\n",
+        "        if about:\n            return messages\n",
+        f"{_DATA}::test_a_line_s_tools_are_told_as_the_environment_tells_of_its_own",
+    ),
+    (
+        "conversations: a second system message tells of a line's tools",
+        "mmrl/data/conversations.py",
+        'if messages[0].role != "system":',
+        "if True:",
+        f"{_DATA}::test_a_line_s_tools_are_told_as_the_environment_tells_of_its_own",
+    ),
+    (
+        "conversations: pictures lie as the camera held them",
+        "mmrl/data/conversations.py",
+        "ImageOps.exif_transpose(image).convert",
+        "image.convert",
+        f"{_DATA}::test_pictures_stand_as_their_camera_says",
+    ),
 )
