@@ -23,9 +23,23 @@ class ToolError(Exception):
     """What a tool cannot do, in a sentence for the model. Never ends a run."""
 
 
+def as_seen(image: Image.Image) -> Image.Image:
+    """``image`` in RGB as a person sees it: on white where it is transparent, as qwen-vl-utils shows it; 16 bits become 8.
+
+    Pillow's own conversion shows what transparent pixels hide, black as a rule, and makes all of a grey of 16 bits white.
+    """
+    if image.mode.startswith("I;16"):
+        return image.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return white.convert("RGB")
+
+
 @dataclass(frozen=True)
 class Picture:
-    """An RGB image of a conversation, and where its points lie in the picture it was made from.
+    """An image of a conversation, RGB (see ``as_seen``), and where its points lie in the picture it was made from.
 
     source: the number (from 0, in the order in which the conversation showed them, as calls count them) of the picture it was
     first made from; None: of its own. to_source: (a, b, c, d, e, f) with x_source = a x + b y + c, y_source = d x + e y + f, in
@@ -39,7 +53,7 @@ class Picture:
 
     def __post_init__(self) -> None:
         if self.image.mode != "RGB":
-            object.__setattr__(self, "image", self.image.convert("RGB"))
+            object.__setattr__(self, "image", as_seen(self.image))
 
     @cached_property
     def key(self) -> str:

@@ -33,7 +33,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from mmrl.errors import ConfigError
-from mmrl.messages import Picture, ToolContext, ToolError, ToolResult
+from mmrl.messages import Picture, ToolContext, ToolError, ToolResult, as_seen
 
 LOG = logging.getLogger("mmrl.tools.mcp")
 _PAGES = 100  # of a list of tools; more is a server that never ends
@@ -314,7 +314,7 @@ def _result(answer: CallToolResult) -> ToolResult:
 def _picture(part: ImageContent) -> Picture:
     try:
         with Image.open(io.BytesIO(base64.b64decode(part.data, validate=True))) as image:
-            return Picture(image.convert("RGB"))
+            return Picture(as_seen(image))
     except (OSError, ValueError, binascii.Error, Image.DecompressionBombError) as error:
         raise ToolError(f"The tool gave a picture ({part.mime_type}) that cannot be read.") from error
 

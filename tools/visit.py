@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from mmrl.caching import Answers, cache_folder
 from mmrl.errors import DataError
-from mmrl.messages import Picture, ToolContext, ToolError, ToolResult
+from mmrl.messages import Picture, ToolContext, ToolError, ToolResult, as_seen
 from tools.search_parts.corpus import Corpus, Document
 from tools.search_parts.fetching import Limits, check, fetch
 from tools.search_parts.pages import decode, readable, split
@@ -142,7 +142,7 @@ class Visit:
 def _picture(path: Path, owner: str) -> Picture:
     try:
         with Image.open(path) as image:
-            return Picture(image.convert("RGB"))
+            return Picture(as_seen(image))
     except (OSError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: the picture of document '{owner}' cannot be read; mend the file or the document") from error
 

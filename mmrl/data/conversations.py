@@ -18,7 +18,7 @@ from torch import Tensor
 from mmrl.calling import ToolSchema
 from mmrl.component import Component
 from mmrl.errors import DataError, MMRLError
-from mmrl.messages import Message, Picture, Role, ToolCall
+from mmrl.messages import Message, Picture, Role, ToolCall, as_seen
 from mmrl.protocols import DataContext, ExpertEnvironment
 from mmrl.transcripts import TalkingEnvironment, Transcript
 from mmrl.types import Conversation, Talks
@@ -245,7 +245,7 @@ class JsonlConversations:
         path = self._path.parent / str(place).removeprefix("file://")
         try:
             with Image.open(path) as image:
-                return Picture(ImageOps.exif_transpose(image).convert("RGB")) if load else _BLANK
+                return Picture(as_seen(ImageOps.exif_transpose(image))) if load else _BLANK
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise _BadLineError(f"'{key}': the picture {path} cannot be read ({error})") from error
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from mmrl.answers import Check, parse_check
 from mmrl.errors import ConfigError, DataError
-from mmrl.messages import Picture
+from mmrl.messages import Picture, as_seen
 from mmrl.registry import did_you_mean
 from mmrl.transcripts import Question
 
@@ -51,7 +51,7 @@ class Line:
     def _open(self, path: Path) -> Picture:
         try:
             with Image.open(path) as image:
-                return Picture(ImageOps.exif_transpose(image).convert("RGB"))
+                return Picture(as_seen(ImageOps.exif_transpose(image)))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{self.where}: the picture {path} cannot be read; mend it or take the line out") from error
 

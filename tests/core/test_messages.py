@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import itertools
 
 import numpy as np
@@ -41,6 +42,20 @@ def test_the_key_is_of_size_and_pixels() -> None:
     keys = [Picture(image).key for image in (red, *others)]
     assert all(one != other for one, other in itertools.combinations(keys, 2))
     assert Picture(red.convert("RGBA")).key == Picture(red.copy(), source=1).key == keys[0]
+
+
+def test_pictures_are_what_a_person_sees() -> None:
+    """Transparent pixels are white as qwen-vl-utils has them, whatever they hide, and a grey of 16 bits keeps its steps."""
+    half = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    half.paste((255, 0, 0, 128), (2, 0, 4, 2))
+    shown = Picture(half).image
+    assert shown.mode == "RGB"
+    assert [shown.getpixel((x, 0)) for x in (0, 3)] == [(255, 255, 255), (255, 127, 127)]
+    file = io.BytesIO()
+    half.quantize(8).save(file, "PNG")  # a palette of which some colours are transparent
+    assert Picture(Image.open(file)).image.getpixel((0, 0)) == (255, 255, 255)
+    grey = Image.fromarray(np.array([[0, 13107, 65535]], np.uint16))
+    assert [Picture(grey).image.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), (51, 51, 51), (255, 255, 255)]
 
 
 def test_pictures_are_numbered_from_one() -> None:

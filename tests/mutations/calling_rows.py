@@ -141,4 +141,18 @@ CALLING: tuple[Row, ...] = (
         "found.boxes",
         f"{_IMAGES}::test_a_large_picture_is_read_scaled_down_and_a_tiny_one_at_all",
     ),
+    (
+        "messages: transparent pixels show what they hide",
+        "mmrl/messages.py",
+        "if not image.has_transparency_data:",
+        "if True:",
+        "tests/core/test_messages.py::test_pictures_are_what_a_person_sees",
+    ),
+    (
+        "messages: a grey of 16 bits is white",
+        "mmrl/messages.py",
+        'if image.mode.startswith("I;16"):',
+        "if False:",
+        "tests/core/test_messages.py::test_pictures_are_what_a_person_sees",
+    ),
 )

@@ -15,7 +15,7 @@ VLLM: tuple[Row, ...] = (
         _RUNNING,
         "        engine.reset_prefix_cache()\n",
         "",
-        f"{_NOTICED} {_TESTS}::test_new_weights_are_taken_in_place",
+        f"{_TESTS}::test_new_weights_are_taken_in_place",
     ),
     (
         "vllm: the output head keeps the old weights",

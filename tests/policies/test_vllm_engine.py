@@ -167,11 +167,16 @@ def test_check_policy_tries_the_engine(policy: Any) -> None:
 
 def test_new_weights_are_taken_in_place(policy: Any, vllm_engine: Any) -> None:
     runner = policy.engine._runner()
-    before = play(policy, TALKS, turns=1)
+    # Keys and values are kept in whole blocks: a conversation that fills none would not tell whether those before are forgotten.
+    long = (*TALKS[1][:-1], tiny_chat.Message("user", (*TALKS[1][-1].pictures, "which way is up? " * 40)))
+    block = runner._llm.llm_engine.vllm_config.cache_config.block_size
+    assert block < sum(map(len, policy.ears.listen(long)[0])) < 500
+    talks = [*TALKS, long]
+    before = play(policy, talks, turns=1)
     with policy.compute_mode(train=True):
         change(policy)
     policy.version += 1
-    after = play(policy, TALKS, turns=1)
+    after = play(policy, talks, turns=1)
     assert policy.engine._runner() is runner, "without a restart"
     assert gap(policy, after) < 1e-4 < gap(policy, before)
     assert after.decisions[0].policy_version == before.decisions[0].policy_version + 1

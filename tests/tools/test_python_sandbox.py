@@ -161,6 +161,11 @@ def test_what_show_cannot_take_is_an_error_of_the_code() -> None:
     assert "show() takes a PIL image, a matplotlib figure or an array, not str" in sandbox().run("show('x')").text
 
 
+def test_transparent_pixels_are_white() -> None:
+    result = sandbox().run("from PIL import Image\nshow(Image.new('RGBA', (3, 2), (0, 0, 0, 0)))")
+    assert (pixels(result.pictures[0]) == 255).all()
+
+
 def test_pictures_are_limited_in_number_and_size() -> None:
     tool = sandbox(output_pictures=2, output_pixels=100)
     result = tool.run("from PIL import Image\nfor side in (10, 11, 9, 8): show(Image.new('L', (side, side)))")

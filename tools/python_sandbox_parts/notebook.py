@@ -103,7 +103,7 @@ class Notebook:
         elif not 0 < width * height <= self._limits.pixels or max(width, height) > PICTURE_SIDE:
             self._note(f"A picture of {width} x {height} is left out: at most {self._limits.pixels} pixels are given back.")
         else:
-            self._pictures.append((width, height, image.convert("RGB").tobytes()))
+            self._pictures.append((width, height, _on_white(image).tobytes()))
 
     def _note(self, sentence: str) -> None:
         if sentence not in self._notes:
@@ -163,13 +163,22 @@ def _is_open(value: Any) -> bool:
     return any(figure is value for figure in _open_figures())
 
 
+def _on_white(image: Image.Image) -> Image.Image:
+    """In RGB, transparent pixels white, as they are elsewhere (``mmrl.messages.as_seen``); nothing of mmrl's is loaded here."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return white.convert("RGB")
+
+
 def _image(value: Any) -> Image.Image | None:
     if isinstance(value, Image.Image):
         return value
     if _is_figure(value):
         canvas = sys.modules["matplotlib.backends.backend_agg"].FigureCanvasAgg(value)
         canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        return Image.fromarray(np.asarray(canvas.buffer_rgba()))
     if isinstance(value, np.ndarray):
         if value.dtype == bool or np.issubdtype(value.dtype, np.floating):
             value = np.nan_to_num(value).clip(0, 1) * 255

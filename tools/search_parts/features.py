@@ -21,7 +21,7 @@ from mmrl.errors import ConfigError
 
 SIDE, CELL, DIRECTIONS = 128, 16, 9
 HUES, SATURATIONS, VALUES = 12, 3, 3
-_VERSION = 1  # of the numbers below; another one builds every index anew
+_VERSION = 2  # of the numbers below; another one builds every index anew
 
 
 class Features(Protocol):

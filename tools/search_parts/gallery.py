@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from mmrl.caching import digest
 from mmrl.errors import ConfigError, DataError
+from mmrl.messages import as_seen
 from tools.search_parts.corpus import parse_object
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -34,7 +35,7 @@ class Entry:
         """The picture as RGB, upright. Raises DataError naming it."""
         try:
             with Image.open(self.path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return as_seen(ImageOps.exif_transpose(image))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{self.where}: the picture {self.path} cannot be read; mend it or take it out") from error
 
