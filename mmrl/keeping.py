@@ -92,11 +92,11 @@ def _call(call: CallRecord, reply: int | None) -> dict[str, Any]:
 
 
 def _pictures(transcript: Transcript, folder: Path) -> list[dict[str, Any]]:
-    """Their entries. ``number`` is what calls name a picture by: they count from the last question on, as examples do too."""
+    """Their entries. ``number`` is what calls name a picture by: they count from the question on, as examples do too."""
     kept: list[dict[str, Any]] = []
     before = 0
-    for message in transcript.messages:
-        before = len(kept) if message.role == "user" else before
+    for place, message in enumerate(transcript.messages):
+        before = len(kept) if message.role == "user" and place <= transcript.begins else before
         for picture in message.pictures:
             source = None if picture.source is None else before + picture.source
             kept.append({**_keep(picture, folder), "number": len(kept) - before + 1, "source": source})

@@ -80,7 +80,7 @@ class ToolEnvironment:
         max_turns: int = Field(default=4, ge=1)
         """Messages of the policy at most."""
         system: str = ""
-        """The system message, before what it says of the tools; where both are empty there is none."""
+        """The system message, before the question's own and what is said of the tools; where all are empty there is none."""
         describe_tools: bool = True
         """Whether the system message describes the tools; without it a policy must know them from training."""
         answer_tag: str | None = None
@@ -196,16 +196,16 @@ class ToolEnvironment:
     # -- what is said before the first turn ------------------------------------------------------------------------------
 
     def _opening(self, question: Question) -> Conversation:
-        system = self._system()
+        system = self._system(question)
         first = (Message("system", (system,)),) if system else ()
         if self.config.demonstrations and self._examples is None:
             self._examples = self._demonstrated()
-        return (*first, *(self._examples or ()), Message("user", question.parts))
+        return (*first, *(self._examples or ()), *question.before, Message("user", question.parts))
 
-    def _system(self) -> str:
+    def _system(self, question: Question) -> str:
         schemas = self.toolbox.schemas
         about = self.format.instructions(schemas) if schemas and self.config.describe_tools else ""
-        return "\n\n".join(part for part in (self.config.system, about) if part)
+        return "\n\n".join(part for part in (self.config.system, question.system, about) if part)
 
     def _demonstrated(self) -> tuple[Message, ...]:
         """Solved examples, as messages that nobody learns from."""

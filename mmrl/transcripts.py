@@ -22,6 +22,8 @@ class Question:
     process reward may want to know, where it is known: ``operations`` (names of the operations that undo what was done to the
     first picture, of rotate_90, rotate_180, rotate_270, flip_horizontal, flip_vertical and crop), ``box`` (left, top, right,
     bottom of the evidence, in pixels of the first picture), ``evidence`` (texts, or ids of documents, that a tool must bring up).
+    system: what the system message says beside what the environment has to say. before: what was said before the question, by
+    users and assistants; nobody learns from it.
 
     Where a picture is asked for, there is no right answer, ``check`` is ``unmarked``, and what rewards may want to know is
     ``prompt`` (what is to be seen, in words), ``tag``, ``include`` and ``exclude`` (as in GenEval's metadata) and ``words``
@@ -33,6 +35,14 @@ class Question:
     references: tuple[str, ...]
     check: Callable[[str], float]
     details: Mapping[str, Any] = field(default_factory=dict)
+    system: str = ""
+    before: tuple[Message, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All that it shows, in order, as calls count them."""
+        parts = (*(part for message in self.before for part in message.parts), *self.parts)
+        return tuple(part for part in parts if isinstance(part, Picture))
 
 
 def unmarked(answer: str) -> float:
@@ -119,9 +129,13 @@ class Transcript:
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """Those that calls name, from the question (the opening's last message) on. Examples before it count their own."""
-        asked = max(len(self.opening) - 1, 0)
-        return tuple(picture for message in self.messages[asked:] for picture in message.pictures)
+        """Those that calls name, from the question on, with what was said before it. Examples count their own."""
+        return tuple(picture for message in self.messages[self.begins :] for picture in message.pictures)
+
+    @property
+    def begins(self) -> int:
+        """The place of the message with which the question begins: it is the opening's last one, or what stands before it."""
+        return max(len(self.opening) - 1 - len(self.question.before), 0)
 
     @property
     def mark(self) -> float:

@@ -64,7 +64,7 @@ def derived_pictures(transcript: Transcript, call: CallRecord) -> list[Picture]:
     first = first_picture(transcript.question)
     if first is None or call.error is not None:
         return []
-    shown = [part for part in transcript.question.parts if isinstance(part, Picture)]
+    shown = transcript.question.pictures
     numbers = {number for number, picture in enumerate(shown) if picture.key == first.key}  # it may be shown twice
     return [picture for picture in call.result.pictures if picture.source in numbers]
 

@@ -4,6 +4,7 @@
      "answer": "cat", "check": {"kind": "normalised"}, "family": "animals", "details": {"box": [10, 20, 30, 40]}}
 
 ``answers``: several, instead of ``answer``. ``{"type": "image_url", "image_url": {"url": "cat.png"}}`` is the same as ``image``.
+The last message is the question. A system message may be the first, and what users and assistants said may stand in between.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from PIL import Image, ImageOps
 
 from mmrl.answers import Check, parse_check
 from mmrl.errors import ConfigError, DataError
-from mmrl.messages import Picture, as_seen
+from mmrl.messages import Message, Picture, Role, as_seen
 from mmrl.registry import did_you_mean
 from mmrl.transcripts import Question
 
 SHOWN = 10  # bad lines that a message names
+_Parts = tuple[str | Path, ...]
 _KEYS = ("messages", "answer", "answers", "check", "family", "details", "id")
 
 
@@ -33,11 +35,13 @@ class _Bad(Exception):
 
 @dataclass(frozen=True)
 class Line:
-    """A question whose pictures are still files. where: for messages. share: in [0, 1), from what the line says alone."""
+    """A question whose pictures are still files. where: for messages. said: by whom, the question last. share: in [0, 1), from
+    what the line says alone."""
 
     where: str
     family: str
-    parts: tuple[str | Path, ...]
+    system: str
+    said: tuple[tuple[Role, _Parts], ...]
     references: tuple[str, ...]
     check: Check
     details: Mapping[str, Any]
@@ -45,10 +49,13 @@ class Line:
 
     def question(self) -> Question:
         """Raises DataError for a picture that cannot be read."""
-        parts = tuple(part if isinstance(part, str) else self._open(part) for part in self.parts)
-        return Question(self.family, parts, self.references, self.check, self.details)
+        before = [Message(role, tuple(map(self._open, parts))) for role, parts in self.said]
+        parts = before.pop().parts
+        return Question(self.family, parts, self.references, self.check, self.details, self.system, tuple(before))
 
-    def _open(self, path: Path) -> Picture:
+    def _open(self, path: str | Path) -> str | Picture:
+        if isinstance(path, str):
+            return path
         try:
             with Image.open(path) as image:
                 return Picture(as_seen(ImageOps.exif_transpose(image)))
@@ -83,6 +90,10 @@ def _line(raw: bytes, where: str, folder: Path, default_check: str, seed: int) -
         raise _Bad(f"is not JSON ({error}); each line must be one JSON object in UTF-8") from error
     if not isinstance(data, dict):
         raise _Bad(f"must be a JSON object, got {_short(data)}")
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _Bad("holds half of a surrogate pair, which no tokenizer takes") from error
     for key in data:
         if key not in _KEYS:
             raise _Bad(f"unknown key '{key}'{did_you_mean(key, _KEYS)}")
@@ -98,7 +109,8 @@ def _line(raw: bytes, where: str, folder: Path, default_check: str, seed: int) -
         raise _Bad(f"'details' must be a JSON object, got {_short(details)}")
     own = json.dumps(data.get("id", data), sort_keys=True).encode()
     digest = hashlib.blake2b(f"{seed}:".encode() + own, digest_size=7).digest()
-    return Line(where, family, _parts(data, folder), references, check, details, int.from_bytes(digest, "big") / 2**56)
+    system, said = _messages(data, folder)
+    return Line(where, family, system, said, references, check, details, int.from_bytes(digest, "big") / 2**56)
 
 
 def _references(data: Mapping[str, Any]) -> tuple[str, ...]:
@@ -114,19 +126,31 @@ def _references(data: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, values))
 
 
-def _parts(data: Mapping[str, Any], folder: Path) -> tuple[str | Path, ...]:
+def _messages(data: Mapping[str, Any], folder: Path) -> tuple[str, tuple[tuple[Role, _Parts], ...]]:
+    """What the system message says, and what was said by whom, the question last."""
     messages = data.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise _Bad(f"'messages' must be a list of messages, got {_short(messages)}")
     roles = [message.get("role") for message in messages]
-    if roles != ["user"]:
-        raise _Bad(f"'messages' must be one message with the role user, got {_short(roles)}; the environment says all others")
-    content = messages[0].get("content")
+    first = int(roles[:1] == ["system"])
+    if set(map(str, roles[first:])) - {"user", "assistant"} or roles[-1:] != ["user"]:
+        raise _Bad(
+            f"'messages' must be messages of users and assistants after at most one of the system, and end with a user's, got "
+            f"{_short(roles)}; the environment says all others"
+        )
+    said = [_parts(message.get("content"), f"messages.{place}.content", folder) for place, message in enumerate(messages)]
+    if not all(isinstance(part, str) for parts in said[:first] for part in parts):
+        raise _Bad("'messages.0.content' shows a picture, but the system's message must be text")
+    system = "".join(part for parts in said[:first] for part in parts if isinstance(part, str))
+    return system, tuple(zip(roles[first:], said[first:], strict=True))
+
+
+def _parts(content: Any, key: str, folder: Path) -> _Parts:
     if isinstance(content, str) and content:
         return (content,)
     if not isinstance(content, list) or not content:
-        raise _Bad(f"'messages.0.content' must be text or a list of parts, got {_short(content)}")
-    return tuple(_part(part, f"messages.0.content.{place}", folder) for place, part in enumerate(content))
+        raise _Bad(f"'{key}' must be text or a list of parts, got {_short(content)}")
+    return tuple(_part(part, f"{key}.{place}", folder) for place, part in enumerate(content))
 
 
 def _part(part: Any, key: str, folder: Path) -> str | Path:

@@ -18,7 +18,7 @@ KEEPING: tuple[Row, ...] = (
     (
         "keeping: pictures of examples are counted on",
         "mmrl/keeping.py",
-        'before = len(kept) if message.role == "user" else before',
+        'before = len(kept) if message.role == "user" and place <= transcript.begins else before',
         "before = 0",
         f"{_KEPT}::test_pictures_have_the_numbers_that_calls_name_them_by",
     ),

@@ -46,7 +46,7 @@ TOOL_USE: tuple[Row, ...] = (
     (
         "tool_use: calls count the pictures of examples",
         "mmrl/transcripts.py",
-        "for message in self.messages[asked:] for picture",
+        "for message in self.messages[self.begins :] for picture",
         "for message in self.messages for picture",
         f"{_USE}::test_pictures_are_numbered_from_1_in_every_example_and_in_the_question",
     ),
@@ -98,5 +98,26 @@ TOOL_USE: tuple[Row, ...] = (
         "ImageOps.exif_transpose(image).convert",
         "image.convert",
         f"{_DATA}::test_pictures_stand_as_their_camera_says",
+    ),
+    (
+        "questions: what was said before is left out",
+        "mmrl/tool_use.py",
+        "*question.before, Message",
+        "Message",
+        "tests/simulators/test_prompts_jsonl.py::test_a_question_may_follow_a_system_message_and_a_conversation",
+    ),
+    (
+        "questions: pictures shown before have no number",
+        "mmrl/transcripts.py",
+        "len(self.opening) - 1 - len(self.question.before)",
+        "len(self.opening) - 1",
+        "tests/simulators/test_prompts_jsonl.py::test_a_question_may_follow_a_system_message_and_a_conversation",
+    ),
+    (
+        "evidence: the question's first picture is the conversation's",
+        "mmrl/transcripts.py",
+        "(*(part for message in self.before for part in message.parts), *self.parts)",
+        "self.parts",
+        "tests/simulators/test_prompts_jsonl.py::test_a_question_may_follow_a_system_message_and_a_conversation",
     ),
 )

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from mmrl.answers import Choice, Exact, Normalised, Number
+from mmrl.calling import HermesCalls, ToolBlock
+from mmrl.columns import Column
+from mmrl.component import Component
 from mmrl.errors import ConfigError, DataError
+from mmrl.messages import Message, ToolCall
+from mmrl.rewards.evidence import derived_pictures
+from mmrl.tool_use import ToolEnvironment
 from tests.simulators.asking import build
 
 
@@ -55,6 +62,38 @@ def test_lines_become_questions(tmp_path: Path) -> None:
     assert build("JsonlQuestions", path=path, held_out_share=0.0, check="exact").question(0).check == Exact(("Red",))
 
 
+def test_a_question_may_follow_a_system_message_and_a_conversation(tmp_path: Path) -> None:
+    """Calls name all pictures that the line shows; a crop of the question's picture is known as one of it."""
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / f"{name}.png")
+    red, blue = ({"type": "image", "image": f"{name}.png"} for name in ("red", "blue"))
+    said = [
+        {"role": "system", "content": "Be short."},
+        *user(red, {"type": "text", "text": "See?"}),
+        {"role": "assistant", "content": "Yes."},
+    ]
+    path = write(tmp_path, {"messages": [*said, *user(blue, {"type": "text", "text": "And this?"})], "answer": "blue"})
+    environment = ToolEnvironment(
+        ToolEnvironment.Config(
+            questions=Component.parse({"target": "simulators.prompts:JsonlQuestions", "path": path, "held_out_share": 0.0}),
+            tools=[ToolBlock.parse("tools.crop:crop")],
+            system="Be right.",
+        ),
+        num_envs=1,
+        device=torch.device("cpu"),
+    )
+    ((system, *talk),) = environment.reset(torch.tensor([0])).conversations or ()
+    assert system.text.startswith("Be right.\n\nBe short.\n\n# Tools")
+    assert [(message.role, message.text) for message in talk] == [("user", "See?"), ("assistant", "Yes."), ("user", "And this?")]
+    calls = [ToolCall("crop", {"image": image, "box": [0, 0, 20, 20]}) for image in (1, 2)]
+    environment.step(Column.of([Message("assistant", (HermesCalls(HermesCalls.Config()).render(calls),))]))
+    transcript = environment.transcript(0)
+    shown = [call.result.pictures[0].image.getpixel((0, 0)) for call in transcript.calls]
+    assert shown == [(255, 0, 0), (0, 0, 255)] and "Image 3 is" in transcript.calls[0].result.text
+    assert [len(derived_pictures(transcript, call)) for call in transcript.calls] == [0, 1]
+    environment.close()
+
+
 def test_the_splits_share_nothing_and_lose_nothing(tmp_path: Path) -> None:
     def asked(path: str, **fields: Any) -> list[str]:
         questions = build("JsonlQuestions", path=path, **fields)
@@ -86,6 +125,7 @@ def test_pictures_are_opened_when_they_are_asked_for(tmp_path: Path) -> None:
         questions.question(1)
 
 
+USER = {"role": "user", "content": "x"}
 BAD: dict[str, Any] = {
     "is not JSON": "{",
     "must be a JSON object, got [1]": [1],
@@ -97,10 +137,15 @@ BAD: dict[str, Any] = {
     "'family' must be a string that is not empty, got 3": line(1, family=3),
     "'details' must be a JSON object, got [1]": line(1, details=[1]),
     "'messages' must be a list of messages, got null": {"answer": 1},
-    '\'messages\' must be one message with the role user, got ["system", "user"]': {
-        "messages": [{"role": "system", "content": "x"}, *user("x")],
+    "'messages' must be messages of users and assistants after at most one of the system, and end with a user's, got "
+    '["user", "assistant"]': {"messages": [USER, {"role": "assistant", "content": "x"}], "answer": 1},
+    "'messages' must be messages of users and assistants after at most one of the system, and end with a user's, got "
+    '["user", "system", "user"]': {"messages": [USER, {"role": "system", "content": "x"}, USER], "answer": 1},
+    "'messages.1.content' must be text or a list of parts, got null": {
+        "messages": [USER, {"role": "assistant"}, USER],
         "answer": 1,
     },
+    "holds half of a surrogate pair": line(1, family="\ud83d"),
     "'messages.0.content' must be text or a list of parts, got []": {"messages": user(), "answer": 1},
     "'messages.0.content.0' must be {type: text, text: ...} or {type: image, image: FILE}, got \"x\"": {
         "messages": user("x"),
