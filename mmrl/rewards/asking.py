@@ -1,4 +1,4 @@
-"""What a reward that asks a judge must know of it."""
+"""What a reward that asks a judge, or has pictures read, must know of whom it asks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ def _asks(block: Component) -> Component:
     return block
 
 
+def _reads(block: Component) -> Component:
+    if not hasattr(block.cls, "read"):
+        raise ValueError(f"{block.target} reads no pictures; use mmrl.rewards.ocr:OCR")
+    return block
+
+
 JudgeBlock = Annotated[Component, AfterValidator(_asks)]
+ReaderBlock = Annotated[Component, AfterValidator(_reads)]
 
 
 def filled(template: str, fields: Mapping[str, str]) -> str:

@@ -112,6 +112,12 @@ def texts_found(question: Question, call: CallRecord) -> frozenset[str]:
     return frozenset(text for text in _texts(question) if text in values or (_words(text) and f" {_words(text)} " in said))
 
 
+def can_be_read(question: Question, said: str) -> bool:
+    """Whether ``said``, the text in a picture, holds an evidence text, or the answer where no text is known to be evidence."""
+    words = f" {_words(said)} "
+    return any(_words(text) and f" {_words(text)} " in words for text in _texts(question) or question.references)
+
+
 def call_score(transcript: Transcript, call: CallRecord, measure: Measure = "containment") -> float:
     """How far a call gets one to the evidence: what its pictures show of it, 1 for an evidence text or a picture put right."""
     brought = bool(texts_found(transcript.question, call)) or puts_right(transcript, call)

@@ -2,8 +2,9 @@
 
     R = R_acc + w_f R_fmt + w_t mean_t r_step,t - c max(0, calls - k)
 
-r_step,t, 0 to 1, looks at the question and at what the tools of turn t gave, never at the policy's own words. As a list of
-rewards: ``mmrl.rewards.answers:Correct``, ``mmrl.rewards.form:Form`` (weight w_f), ``Faithful`` (weight w_t) and
+r_step,t, 0 to 1, looks at the question and at what the tools of turn t gave, never at the policy's own words: at where a cut
+lies, at texts, at what can be read in a picture (``reader``); or a judge does (``judge``). As a list of rewards:
+``mmrl.rewards.answers:Correct``, ``mmrl.rewards.form:Form`` (weight w_f), ``Faithful`` (weight w_t) and
 ``mmrl.rewards.tool_rewards:CallCost`` (weight c, ``free: k``). The paper's equation could not be checked: this is its idea, not
 its formula. ``FaithfulTurns`` pays each r_step,t to its own turn instead of their mean to the last.
 """
@@ -12,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Self
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 
 from mmrl.messages import Picture
-from mmrl.rewards.asking import JudgeBlock, filled
-from mmrl.rewards.evidence import Measure, call_score
-from mmrl.transcripts import Transcript, Turn
+from mmrl.rewards.asking import JudgeBlock, ReaderBlock, filled
+from mmrl.rewards.evidence import Measure, call_score, can_be_read
+from mmrl.transcripts import CallRecord, Transcript, Turn
 
 PROMPT = """A question was asked, and a tool was called to find evidence for its answer.
 
@@ -38,12 +40,23 @@ class FaithfulConfig:
 
     measure: Measure = "containment"
     """How well a picture shows the evidence's box: the share of the box in it (0 for a cut that is hardly one), or IoU."""
+    reader: ReaderBlock | None = None
+    """Who reads what is written in pictures that tools made: a ``mmrl.rewards.ocr:OCR``. One in which an evidence text can be
+    read, or the answer where the question knows of no such text, is evidence too; null: nobody."""
     judge: JudgeBlock | None = None
     """Who says whether a turn's output holds the evidence: a ``mmrl.rewards.judge:Judge``; null: ``Question.details`` do."""
     prompt: str = PROMPT
     """What the judge is asked; {question}, {references} and {output} are filled in."""
     only_correct: bool = False
     """Whether only conversations with a right answer are paid."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.judge is not None and self.reader is not None:
+            raise ValueError(
+                "reader and judge are both set, but a judge is asked instead of what is known; leave one of them out"
+            )
+        return self
 
 
 class _Steps:
@@ -52,6 +65,7 @@ class _Steps:
     def __init__(self, config: FaithfulConfig) -> None:
         self.config = config
         self._judge = None if config.judge is None else config.judge.build()
+        self._reader = None if config.reader is None else config.reader.build()
 
     @property
     def failure(self) -> str | None:
@@ -65,7 +79,16 @@ class _Steps:
     def _step(self, transcript: Transcript, turn: Turn) -> float:
         if not self._paid(transcript):
             return 0.0
-        return max((call_score(transcript, call, self.config.measure) for call in turn.calls), default=0.0)
+        scores = (max(call_score(transcript, call, self.config.measure), self._legible(transcript, call)) for call in turn.calls)
+        return max(scores, default=0.0)
+
+    def _legible(self, transcript: Transcript, call: CallRecord) -> float:
+        """1 where the evidence can be read in a picture that the call made, which is none of the question's."""
+        if self._reader is None or call.error is not None:
+            return 0.0
+        known = {picture.key for picture in transcript.question.pictures}
+        made = (picture.image for picture in call.result.pictures if picture.key not in known)
+        return float(any(can_be_read(transcript.question, "\n".join(self._reader.read(image))) for image in made))
 
     def _judged(self, transcripts: Sequence[Transcript]) -> list[list[float]]:
         assert self._judge is not None

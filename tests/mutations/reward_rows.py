@@ -319,6 +319,20 @@ REWARDS: tuple[Row, ...] = (
         f"{_OTHERS}::test_faithful_is_a_picture_or_all_texts_or_not_known",
     ),
     (
+        "faithful: nobody reads what stands in pictures",
+        "mmrl/rewards/faithful.py",
+        "if self._reader is None or call.error is not None:",
+        "if True:",
+        f"{_OTHERS}::test_what_can_be_read_in_a_picture_that_a_tool_made_is_evidence",
+    ),
+    (
+        "faithful: the question's own picture is read",
+        "mmrl/rewards/faithful.py",
+        "if picture.key not in known)",
+        "if picture.key not in ())",
+        f"{_OTHERS}::test_what_can_be_read_in_a_picture_that_a_tool_made_is_evidence",
+    ),
+    (
         "faithful: turns without a call count in the mean",
         "mmrl/rewards/faithful.py",
         "zip(steps, transcript.turns, strict=True) if turn.calls]",

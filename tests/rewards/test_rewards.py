@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
@@ -302,6 +303,32 @@ def test_a_judge_sees_the_output_and_not_the_policy_s_words() -> None:
     assert "Question: Is it so?" in first[0] and "known to be right: yes" in first[0] and "clearly" not in str(first)
     assert first[1:] == ("The question's pictures:", PICTURE, "The tool's pictures:", crop.result.pictures[0])
     assert "What the tool gave: NO 42" in second[0] and second[-1] is PICTURE
+
+
+def test_what_can_be_read_in_a_picture_that_a_tool_made_is_evidence(installed: Callable[[str], None]) -> None:
+    """Of the question's picture the text is in the right half; the tool must show it, not the question."""
+    installed("rapidocr")
+    whole = Picture(sign("CAT 42", (260, 80)))
+    reader = Component.parse({"target": "mmrl.rewards.ocr:OCR"})
+    for about in (question((whole,), evidence=("cat 42", "dog")), replace(question((whole,)), references=("42",))):
+        right, left = (used("crop", on=(whole,), box=box) for box in ((60, 0, 260, 80), (0, 0, 50, 80)))
+        same = used("crop", on=(whole,), box=(0, 0, 260, 80))
+        failed = replace(right, error="timeout")
+        tales = [tale([left], [left, right], [same], [failed], about=about)]
+        assert FaithfulTurns(FaithfulTurns.Config(reader=reader)).per_turn(tales) == [[0, 1, 0, 0, 0]]
+        assert FaithfulTurns(FaithfulTurns.Config()).per_turn(tales) == [[0] * 5]
+    other = question((whole,), evidence=("at 4",))
+    assert not evidence.can_be_read(other, "CAT 42"), "words are whole"
+    with pytest.raises(ValueError, match=r"Oracle reads no pictures; use mmrl\.rewards\.ocr:OCR"):
+        Faithful.Config(reader=oracle())
+    with pytest.raises(ValueError, match="reader and judge are both set"):
+        Faithful.Config(reader=reader, judge=oracle())
+
+
+def sign(text: str, size: tuple[int, int]) -> Image.Image:
+    image = Image.new("RGB", size, "white")
+    ImageDraw.Draw(image).text((70, 16), text, "black", ImageFont.load_default(44))
+    return image
 
 
 # ---------------------------------------------------------------- calls
