@@ -95,8 +95,8 @@ TOOL_USE: tuple[Row, ...] = (
     (
         "conversations: pictures lie as the camera held them",
         "mmrl/data/conversations.py",
-        "ImageOps.exif_transpose(image).convert",
-        "image.convert",
+        "as_seen(ImageOps.exif_transpose(image))",
+        "as_seen(image)",
         f"{_DATA}::test_pictures_stand_as_their_camera_says",
     ),
     (

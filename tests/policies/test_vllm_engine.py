@@ -200,7 +200,9 @@ def test_adapters_are_merged(make: Callable[..., Any]) -> None:
     assert gap(second, base) > 1e-3
     assert gap(second, play(second, TALKS, turns=2)) < 1e-4
     assert gap(first, play(first, TALKS, turns=1)) < 1e-4
-    assert gap(second, play(second, TALKS, turns=1)) < 1e-4, "nothing of it has changed since it last spoke, but vLLM's weights have"
+    assert gap(second, play(second, TALKS, turns=1)) < 1e-4, (
+        "nothing of it has changed since it last spoke, but vLLM's weights have"
+    )
     assert first.engine._runner() is second.engine._runner()
 
 
