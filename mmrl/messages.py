@@ -85,6 +85,21 @@ def compose(outer: Affine, inner: Affine) -> Affine:
 
 
 @dataclass(frozen=True)
+class ToolSchema:
+    """A tool as a model sees it. parameters: a JSON schema of type object."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+    @property
+    def function(self) -> dict[str, Any]:
+        """In OpenAI's function format, which chat templates take."""
+        about = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": about}
+
+
+@dataclass(frozen=True)
 class ToolCall:
     """A call as the model wrote it: the tool's name and its arguments, not yet checked."""
 

@@ -2,7 +2,7 @@
 
 from mmrl.calling.formats import CallFormat, CodeCalls, HermesCalls, MalformedCall
 from mmrl.calling.loading import ToolBlock, load_tools
-from mmrl.calling.schema import ToolSchema, describe
+from mmrl.calling.schema import describe
 from mmrl.calling.toolbox import ErrorKind, Outcome, Toolbox
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "MalformedCall",
     "Outcome",
     "ToolBlock",
-    "ToolSchema",
     "Toolbox",
     "describe",
     "load_tools",

@@ -23,8 +23,8 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from mmrl.calling.results import short
-from mmrl.calling.schema import SHORT, ToolSchema, full_stop
-from mmrl.messages import ToolCall
+from mmrl.calling.schema import SHORT, full_stop
+from mmrl.messages import ToolCall, ToolSchema
 from mmrl.registry import did_you_mean
 
 

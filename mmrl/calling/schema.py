@@ -18,6 +18,7 @@ from pydantic.errors import PydanticUserError
 from mmrl.calling.results import short
 from mmrl.component import Problems, validate
 from mmrl.errors import ConfigError
+from mmrl.messages import ToolSchema
 from mmrl.registry import did_you_mean
 
 SHORT = 200  # characters of what is said about an argument, which holds its value
@@ -30,21 +31,6 @@ _ARGUMENT = re.compile(r"(?P<indent>\s*)(?P<names>\w+(, \w+)*)( \([^)]*\))?:\s+(
 
 class BadArguments(Exception):
     """Arguments that do not fit, in a sentence for the model."""
-
-
-@dataclass(frozen=True)
-class ToolSchema:
-    """A tool as a model sees it. parameters: a JSON schema of type object."""
-
-    name: str
-    description: str
-    parameters: Mapping[str, Any]
-
-    @property
-    def function(self) -> dict[str, Any]:
-        """In OpenAI's function format, which chat templates take."""
-        about = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
-        return {"type": "function", "function": about}
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from mmrl.calling.formats import MalformedCall
 from mmrl.calling.results import as_result, cut, short
-from mmrl.calling.schema import HIDDEN, BadArguments, ToolSchema, checker, describe, full_stop, place, takes_context
+from mmrl.calling.schema import HIDDEN, BadArguments, checker, describe, full_stop, place, takes_context
 from mmrl.calling.timed import Timed, Workers
 from mmrl.errors import ConfigError
-from mmrl.messages import Picture, ToolCall, ToolContext, ToolError, ToolResult
+from mmrl.messages import Picture, ToolCall, ToolContext, ToolError, ToolResult, ToolSchema
 from mmrl.registry import did_you_mean
 
 ErrorKind = Literal[

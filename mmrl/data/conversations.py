@@ -15,10 +15,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from mmrl.calling import ToolSchema
 from mmrl.component import Component
 from mmrl.errors import DataError, MMRLError
-from mmrl.messages import Message, Picture, Role, ToolCall, as_seen
+from mmrl.messages import Message, Picture, Role, ToolCall, ToolSchema, as_seen
 from mmrl.protocols import DataContext, ExpertEnvironment
 from mmrl.transcripts import TalkingEnvironment, Transcript
 from mmrl.types import Conversation, Talks

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mmrl.calling import CallFormat, CodeCalls, HermesCalls, MalformedCall, ToolSchema, describe
-from mmrl.messages import ToolCall
+from mmrl.calling import CallFormat, CodeCalls, HermesCalls, MalformedCall, describe
+from mmrl.messages import ToolCall, ToolSchema
 
 HERMES = HermesCalls(HermesCalls.Config())
 CODE = CodeCalls(CodeCalls.Config())
