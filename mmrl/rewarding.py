@@ -116,7 +116,7 @@ class Scorer:
         return {name: weight for name, weight in named.items() if weight}
 
     def score(self, rollout: Rollout) -> tuple[Rollout, dict[str, float]]:
-        """The rollout with these rewards, and what there is to log. Raises TrainingError where a reward scored nothing at all."""
+        """The rollout with these rewards, and what there is to log. Raises TrainingError where one that counts scored nothing."""
         episodes = rollout.episodes
         if not self._rewards or len(episodes.task_ids_M) == 0:
             return rollout, {}
@@ -151,10 +151,11 @@ class Scorer:
             if not math.isnan(totals[-1]):
                 places_TB[first : last + 1, slot] = torch.tensor(turns, dtype=torch.float64)
         scored = [total for total in totals if not math.isnan(total)]
-        if not scored:
+        if not scored and block.weight:  # one that only watches may fail
             why = getattr(reward, "failure", None) or f"{block.target} gave no number"
             raise TrainingError(f"'{self._where}.{block.name}' could score none of {len(totals)} episodes: {why}")
-        metrics[name] = math.fsum(scored) / len(scored)
+        if scored:
+            metrics[name] = math.fsum(scored) / len(scored)
         metrics[f"{name}/failed"] = 1 - len(scored) / len(totals)
         metrics.update({f"{name}/{term}": float(mean) for term, mean in getattr(reward, "terms", {}).items()})
         failed_M = torch.tensor([math.isnan(total) for total in totals])

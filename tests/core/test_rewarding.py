@@ -223,6 +223,8 @@ def test_a_reward_of_weight_0_masks_nothing() -> None:
     assert metrics["reward/seen/failed"] == pytest.approx(1 / 6)
     rollout, metrics = scored(blocks[0])
     assert not rollout.rewards_TB.any() and metrics["rollout/unscored_episodes"] == 0
+    rollout, metrics = scored(block("seen", 0.0, [NAN] * 6), blocks[1])  # a judge that is down and only watches
+    assert metrics["rollout/unscored_episodes"] == 0 and metrics["reward/seen/failed"] == 1 and "reward/seen" not in metrics
 
 
 def test_a_reward_that_scores_nothing_stops_the_run() -> None:

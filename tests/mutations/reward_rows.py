@@ -11,6 +11,13 @@ _LIST = "tests/core/test_talking.py"
 
 REWARDS: tuple[Row, ...] = (
     (
+        "scorer: a judge that is down and only watches ends the run",
+        "mmrl/rewarding.py",
+        "if not scored and block.weight:",
+        "if not scored:",
+        f"{_SCORER}::test_a_reward_of_weight_0_masks_nothing",
+    ),
+    (
         "rollout: a transcript is taken from the first slots",
         "mmrl/rollout.py",
         "for slot in slots_M.tolist())",
