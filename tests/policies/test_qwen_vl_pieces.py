@@ -259,7 +259,7 @@ def smart_resize(height: int, width: int, factor: int, least: int, most: int) ->
 
 def test_pictures_are_sized_by_the_rule_of_qwen_vl_utils(build: Callable[..., Any]) -> None:
     policies = ((build(), 16 * 16, 64 * 64), (build(min_pixels=1024, max_pixels=2048), 1024, 2048))
-    for (policy, least, most), width, height in itertools.product(policies, (1, 7, 16, 33, 100), (1, 9, 40, 120)):
+    for (policy, least, most), width, height in itertools.product(policies, (1, 7, 16, 33, 100, 190), (1, 9, 40, 120)):
         seen = policy.network.see(Picture(Image.new("RGB", (width, height))))
         _, rows, columns = seen.grid
         assert (rows * 8, columns * 8) == smart_resize(height, width, 16, least, most), (width, height)
