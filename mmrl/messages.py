@@ -23,6 +23,15 @@ class ToolError(Exception):
     """What a tool cannot do, in a sentence for the model. Never ends a run."""
 
 
+def encodable(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON can name but no file, tokenizer or screen can show."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def as_seen(image: Image.Image) -> Image.Image:
     """``image`` in RGB as a person sees it: on white where it is transparent, as qwen-vl-utils shows it; 16 bits become 8.
 

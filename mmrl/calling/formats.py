@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass
 
 from mmrl.calling.results import short
 from mmrl.calling.schema import SHORT, full_stop
-from mmrl.messages import ToolCall, ToolSchema
+from mmrl.messages import ToolCall, ToolSchema, encodable
 from mmrl.registry import did_you_mean
 
 
@@ -167,7 +167,7 @@ class CodeCalls:
             return MalformedCall(f"{block} is not closed with ```.", "\n".join(lines))
         if not code.strip():
             return MalformedCall(f"{block} is empty.", "\n".join(lines))
-        if not _encodable(code):
+        if not encodable(code):
             return MalformedCall(f"{block} holds {_HALF}.", "\n".join(lines))
         return ToolCall(self.config.tool, {self.config.argument: code})
 
@@ -208,7 +208,7 @@ def _call(call: Any) -> ToolCall:
         raise _Refused("must have a string that is not empty as its name")
     if not isinstance(arguments, dict):
         raise _Refused(f"must have a JSON object as its arguments, not {_kind(arguments)}")
-    if not _encodable(_dump(call)):
+    if not encodable(_dump(call)):
         raise _Refused(f"holds {_HALF}")
     return ToolCall(name, arguments)
 
@@ -240,12 +240,3 @@ def _kind(value: Any) -> str:
 def _dump(value: Any) -> str:
     """JSON as ``tojson`` of chat templates writes it. Raises ValueError for numbers that JSON lacks."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def _encodable(text: str) -> bool:
-    """False for half of a surrogate pair, which JSON can name but no file, tokenizer or screen can show."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

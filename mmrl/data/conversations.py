@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmrl.component import Component
 from mmrl.errors import DataError, MMRLError
-from mmrl.messages import Message, Picture, Role, ToolCall, ToolSchema, as_seen
+from mmrl.messages import Message, Picture, Role, ToolCall, ToolSchema, as_seen, encodable
 from mmrl.protocols import DataContext, ExpertEnvironment
 from mmrl.transcripts import TalkingEnvironment, Transcript
 from mmrl.types import Conversation, Talks
@@ -168,7 +168,7 @@ class JsonlConversations:
         try:
             row = json.loads(line)
             _expect(isinstance(row, dict) and isinstance(row.get("messages"), list), "is no object with a list 'messages'")
-            _expect(_is_text(row), "holds half of a surrogate pair, which no tokenizer takes")
+            _expect(encodable(json.dumps(row, ensure_ascii=False)), "holds half of a surrogate pair, which no tokenizer takes")
             messages = tuple(self._message(at, message, load) for at, message in enumerate(row["messages"]))
             _expect(
                 any(message.role == "assistant" for message in messages), "'messages' has no assistant, so nothing is learned"
@@ -256,14 +256,6 @@ class _BadLineError(ValueError):
 def _expect(good: bool, problem: str) -> None:
     if not good:
         raise _BadLineError(problem)
-
-
-def _is_text(row: Any) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _schema(key: str, tool: Any) -> ToolSchema:

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from mmrl.answers import Check, parse_check
 from mmrl.errors import ConfigError, DataError
-from mmrl.messages import Message, Picture, Role, as_seen
+from mmrl.messages import Message, Picture, Role, as_seen, encodable
 from mmrl.registry import did_you_mean
 from mmrl.transcripts import Question
 
@@ -90,10 +90,8 @@ def _line(raw: bytes, where: str, folder: Path, default_check: str, seed: int) -
         raise _Bad(f"is not JSON ({error}); each line must be one JSON object in UTF-8") from error
     if not isinstance(data, dict):
         raise _Bad(f"must be a JSON object, got {_short(data)}")
-    try:
-        json.dumps(data, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise _Bad("holds half of a surrogate pair, which no tokenizer takes") from error
+    if not encodable(json.dumps(data, ensure_ascii=False)):
+        raise _Bad("holds half of a surrogate pair, which no tokenizer takes")
     for key in data:
         if key not in _KEYS:
             raise _Bad(f"unknown key '{key}'{did_you_mean(key, _KEYS)}")
