@@ -118,8 +118,8 @@ REWARDS: tuple[Row, ...] = (
     (
         "rewarding: a reward that fails everywhere goes on",
         "mmrl/rewarding.py",
-        "        if not scored:\n",
-        "        scored = scored or [0.0]\n        if not scored:\n",
+        "        if not scored and block.weight:",
+        "        scored = scored or [0.0]\n        if not scored and block.weight:",
         f"{_RUNS}::test_a_reward_that_always_fails_stops_the_run",
     ),
     (
