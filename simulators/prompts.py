@@ -108,8 +108,8 @@ class DetailQuestions:
 class OrientationQuestions:
     """What a picture shows that is turned or mirrored: b, d, p and q are one another then; a bar marks the top.
 
-    The expert calls ``rotate`` or ``flip``. Details: operations (none if it is upright), box (all of it). Held out: pairs of
-    letter and operation, words, photographs.
+    The expert calls ``rotate`` or ``flip``. Details: operations (none if it is upright), box (all of it), ink. Held out: inks of
+    a letter that an operation makes upright (one of five), words, photographs.
     """
 
     @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -14,7 +14,7 @@ from mmrl.messages import Picture, ToolCall
 from mmrl.registry import resolve
 from mmrl.transcripts import Question, Turn
 from simulators.prompts_parts.common import WORDS, Said, Split, of_split, pictures_of, succeeded
-from simulators.prompts_parts.drawing import COLOURS, Box, pale, plain, sign, texture, turning_letters, writing
+from simulators.prompts_parts.drawing import COLOURS, Box, plain, sign, texture, turning_letters, writing
 from simulators.prompts_parts.turning import TURNINGS, box_before, undo
 
 Background = Literal["plain", "texture", "photograph"]
@@ -36,6 +36,7 @@ PLACES = {
     2: ("upper left", "upper right", "lower left", "lower right"),
     3: tuple(" ".join((row, column)) for row in ("upper", "middle", "lower") for column in ("left", "centre", "right")),
 }
+INKS = ("red", "green", "blue", "purple", "black")  # that show on light paper
 _NOTHING = "nothing"
 
 
@@ -147,16 +148,18 @@ def orientation(config: Any, paint: dict[str, Callable[[random.Random, int], Ima
     image = paint[kind](generator, config.size)
     if kind == "photograph":
         options = [*(TURNINGS[name].words for name in _operations(kind, config.operations)), _NOTHING]
-        answer = _NOTHING if operation is None else TURNINGS[operation].words
+        answer, ink = (_NOTHING if operation is None else TURNINGS[operation].words), None
         asked = f"What makes this picture upright: {', '.join(options)}?"
         check: Any = Choice((answer,), tuple(options))
     else:
-        answer = generator.choice(turned_values(kind, config.letters, operation, config.operations, config.split))
-        _write(generator, image, kind, answer)
+        answer = generator.choice(of_split(WORDS, config.split) if kind == "word" else config.letters)
+        inks = INKS if kind == "word" else turned_inks(config.letters.index(answer), operation, config)
+        ink = generator.choice(inks)
+        _write(generator, image, kind, answer, ink)
         asked = f"What {kind} is this? The bar marks the top."
         check = Normalised((answer,))
     shown = image if operation is None else undo(operation, image)
-    details = {"operations": (operation,) if operation else (), "box": (0, 0, *shown.size)}
+    details = {"operations": (operation,) if operation else (), "box": (0, 0, *shown.size), "ink": ink}
     return Question(f"orientation_{kind}", (Picture(shown), asked), (answer,), check, details)
 
 
@@ -165,22 +168,23 @@ def _operations(kind: str, operations: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in operations if kind != "photograph" or TURNINGS[name].tool == "rotate")
 
 
-def turned_values(kind: str, letters: str, operation: str | None, operations: Sequence[str], split: Split) -> tuple[str, ...]:
-    """What may be written in a picture that ``operation`` makes upright, so that its question belongs to ``split``."""
-    if kind == "word":
-        return of_split(WORDS, split)
-    turn = 0 if operation is None else 1 + list(operations).index(operation)
-    each = min(4, len(letters))
-    return tuple(letter for rank, letter in enumerate(letters) if ((rank + turn) % each == 0) == (split == "held_out"))
+def turned_inks(rank: int, operation: str | None, config: Any) -> tuple[str, ...]:
+    """Inks of the ``rank``-th letter in a picture that ``operation`` makes upright, so that its question belongs to the split.
+
+    A letter is held out by its ink: were it by letter and operation alone, whoever sees the operation could rule the letter out.
+    """
+    turn = 0 if operation is None else 1 + list(config.operations).index(operation)
+    held_out = config.split == "held_out"
+    return tuple(name for number, name in enumerate(INKS) if ((rank + turn + number) % len(INKS) == 0) == held_out)
 
 
-def _write(generator: random.Random, image: Image.Image, kind: str, value: str) -> None:
+def _write(generator: random.Random, image: Image.Image, kind: str, value: str, ink: str) -> None:
     side = image.width
     mask = turning_letters(side // 2)[value] if kind == "letter" else writing(value, round(side * 0.8), round(side * 0.4))
     free = side // 12
     x = (side - mask.width) // 2 + generator.randint(-free, free)
     y = (side - mask.height) // 2 + generator.randint(0, free)
-    image.paste(Image.new("RGB", mask.size, tuple(255 - light for light in pale(generator))), (x, y), mask)
+    image.paste(Image.new("RGB", mask.size, COLOURS[ink]), (x, y), mask)
     mark_top(image)
 
 

@@ -120,4 +120,11 @@ TOOL_USE: tuple[Row, ...] = (
         "self.parts",
         "tests/simulators/test_prompts_jsonl.py::test_a_question_may_follow_a_system_message_and_a_conversation",
     ),
+    (
+        "questions: training asks for inks of letters that are held out",
+        "simulators/prompts_parts/looking.py",
+        "== 0) == held_out)",
+        "== 0) >= held_out)",
+        "tests/simulators/test_prompts_looking.py::test_orientations_held_out_are_never_trained_on",
+    ),
 )

@@ -214,14 +214,17 @@ def test_boxes_follow_the_picture(name: str) -> None:
 
 def test_orientations_held_out_are_never_trained_on() -> None:
     for fields in ({}, {"operations": ["rotate_180"], "letters": "bq"}, {"letters": "bdpqun", "operations": list(TURNINGS)}):
-        asked = []
+        asked: list[set[Any]] = []
         for split in ("train", "held_out"):
             questions = build("OrientationQuestions", split=split, **fields)
-            made = [questions.question(task_id) for task_id in range(500)]
-            asked.append({(question.references[0], question.details["operations"]) for question in made})
+            made = [questions.question(task_id) for task_id in range(1000)]
+            asked.append({(question.references[0], question.details["operations"], question.details["ink"]) for question in made})
         train, held_out = asked
         assert train and held_out and not train & held_out
-        assert {letter for letter, _ in train} == {letter for letter, _ in held_out} == set(fields.get("letters", "bdpq"))
+        # neither a letter nor what makes it upright says anything of the other, in either split
+        pairs = {(letter, turn) for letter in fields.get("letters", "bdpq") for turn in {turn for _, turn, _ in train}}
+        assert {each[:2] for each in train} == {each[:2] for each in held_out} == pairs
+        assert all(len({ink for *pair, ink in held_out if tuple(pair) == each}) == 1 for each in pairs)
 
 
 # ---------------------------------------------------------------- both
