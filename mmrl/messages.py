@@ -166,6 +166,7 @@ class Message:
     token_ids: the tokens of a message that a policy has said, which are never made from its text again; empty for any other.
     finish: how a policy's message ended: by itself ("stop"), because it was long enough, or because the conversation was
     ("length"); empty for any other.
+    weight: how much each token of an assistant's message counts where the conversation is imitated; with 0 it is only heard.
     """
 
     role: Role
@@ -173,6 +174,7 @@ class Message:
     calls: tuple[ToolCall, ...] = ()
     token_ids: tuple[int, ...] = ()
     finish: Literal["", "stop", "length"] = ""
+    weight: float = 1.0
 
     @property
     def text(self) -> str:

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Any
 
 import torch
@@ -218,7 +218,7 @@ class ToolEnvironment:
                 slot.turns = (*slot.turns, turn)
                 slot.ended = self._ending(slot, turn)
             slot.close()
-            messages += slot.transcript.messages
+            messages += (replace(message, weight=0.0) for message in slot.transcript.messages)
         return tuple(messages)
 
     # -- what else it can tell -------------------------------------------------------------------------------------------

@@ -441,7 +441,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Talks:
-    """B whole conversations to imitate: what the assistant says in each of them is to be learned."""
+    """B whole conversations to imitate: what the assistant says in each of them is to be learned, by its messages' weights."""
 
     conversations: tuple[Conversation, ...]
 

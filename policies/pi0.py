@@ -14,7 +14,6 @@ Departures from pi_RL, each the safer choice:
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from policies.pi0_parts.options import Options
 from policies.pi0_parts.prefix import Prefix, Tokenizer, encode, preprocess
 from policies.pi0_parts.sampling import Sampler
 from policies.pi0_parts.weights import Statistics, load_model, load_statistics, model_groups
-from policies.shared.adapters import add_adapters, merged
+from policies.shared.adapters import add_adapters, frozen_twin, merged
 from policies.shared.checkpoints import load_heads, load_tokenizer, save_heads
 from policies.shared.heads import TIME_FEATURES, CriticHead, time_features
 
@@ -377,8 +376,8 @@ class Pi0(nn.Module):
             return self._value(prefix, hidden, inputs)
 
     def reference(self) -> Pi0:
-        twin = copy.deepcopy(self)
-        return twin.requires_grad_(False)
+        """A frozen twin; it shares the weights that do not learn."""
+        return frozen_twin(self)
 
     # -- imitation ---------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,6 @@ otherwise.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from mmrl.numerics.draws import Draws
 from mmrl.numerics.losses import Loss
 from mmrl.numerics.tokens import token_entropy, token_log_probs
 from mmrl.types import Decision, Evaluation, Examples, Observation, Packing, Rollout
-from policies.shared.adapters import LoraOptions, add_adapters, merged
+from policies.shared.adapters import LoraOptions, add_adapters, frozen_twin, merged
 from policies.shared.checkpoints import STATISTICS_FILE, load_heads, load_tokenizer, save_heads
 from policies.shared.heads import TIME_FEATURES, CriticHead, time_features
 from policies.shared.vision_language import load_model, model_groups
@@ -416,7 +415,8 @@ class TokenVLA(nn.Module):
         return values_B
 
     def reference(self) -> TokenVLA:
-        return copy.deepcopy(self).requires_grad_(False)
+        """A frozen twin; it shares the weights that do not learn."""
+        return frozen_twin(self)
 
     # -- imitation -----------------------------------------------------------------------------------------------------
 

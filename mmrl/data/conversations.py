@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import field, replace
@@ -118,7 +119,8 @@ class JsonlConversations:
     A line is an object with ``messages``: OpenAI's, with ``role`` and ``content`` (a string, or parts of type ``text``,
     ``image`` with a path relative to the file, or ``image_url`` with such a path as its ``url``), and an assistant's
     ``tool_calls``, which are written as ``calls`` says. ``tools``: functions as OpenAI's API takes them, of which the system
-    message tells as that of an environment does. Other keys are not read. What assistants say is learned.
+    message tells as that of an environment does. Other keys are not read. What assistants say is learned, but for messages with
+    ``"weight": 0``, as in OpenAI's files; another weight is that of each token of the message.
     """
 
     @dataclass(frozen=True, config=_STRICT)
@@ -171,7 +173,8 @@ class JsonlConversations:
             _expect(encodable(json.dumps(row, ensure_ascii=False)), "holds half of a surrogate pair, which no tokenizer takes")
             messages = tuple(self._message(at, message, load) for at, message in enumerate(row["messages"]))
             _expect(
-                any(message.role == "assistant" for message in messages), "'messages' has no assistant, so nothing is learned"
+                any(message.role == "assistant" and message.weight for message in messages),
+                "'messages' has no assistant with a weight, so nothing is learned",
             )
             _expect(messages[0].role != "assistant", "'messages' begins with the assistant, before anything was asked")
             about = self._about(row.get("tools") or [])
@@ -205,7 +208,7 @@ class JsonlConversations:
         _expect(isinstance(message, dict), f"'{key}' is no object")
         roles = get_args(Role)
         _expect(message.get("role") in roles, f"'{key}.role' is {message.get('role')!r}, not one of {', '.join(roles)}")
-        unknown = sorted(set(message) - {"role", "content", "tool_calls", "tool_call_id", "name"})
+        unknown = sorted(set(message) - {"role", "content", "tool_calls", "tool_call_id", "name", "weight"})
         _expect(not unknown, f"'{key}' has an unknown key '{unknown[0] if unknown else ''}'")
         content = message.get("content")
         parts = [content] if isinstance(content, str) else [] if content is None else content
@@ -227,7 +230,19 @@ class JsonlConversations:
         _expect(
             allowed, f"'{key}.content': an assistant shows no pictures; set 'drawn' where an image generator is to learn them"
         )
-        return Message(message["role"], tuple(read), calls)
+        return Message(message["role"], tuple(read), calls, weight=self._weight(key, message))
+
+    def _weight(self, key: str, message: Mapping[str, Any]) -> float:
+        """How much the message counts."""
+        if "weight" not in message:
+            return 1.0
+        weight = message["weight"]
+        _expect(
+            isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf,
+            f"'{key}.weight' is {weight!r}, no number from 0 on",
+        )
+        _expect(message["role"] == "assistant" and not self._drawn, f"'{key}.weight': only what an assistant says has a weight")
+        return float(weight)
 
     def _part(self, key: str, part: Any, load: bool) -> str | Picture:
         if isinstance(part, str):

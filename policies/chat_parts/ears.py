@@ -143,15 +143,15 @@ class Ears:
         return Heard(torch.tensor(flat), torch.cat(offsets, 1), at + len(ids) - begin, tuple(seen))
 
     def say(self, message: Message) -> Said:
-        """A message that is to be imitated: its tokens, or as the model would say it.
+        """A message that is to be imitated, as far as its weight says: its tokens, or as the model would say it.
 
         The names of tokens that it must not say, or that end its turn, are plain text.
         """
         text = message.text if message.token_ids else neutral(message.text, self._never)
         ids, offsets = self._spelled(message.token_ids) if message.token_ids else self._spell(text)
-        if not self.spans:
+        if not self.spans and message.weight == 1:
             return Said(torch.tensor(ids))
-        weights = torch.ones(len(ids))
+        weights = torch.full((len(ids),), message.weight)
         for span in self.spans:
             for found in span.pattern.finditer(text):
                 for place, (first, last) in enumerate(offsets):

@@ -411,6 +411,8 @@ def test_a_reference_scores_alike_and_does_not_learn(policy: Any) -> None:
     assert not any(p.requires_grad for p in reference.parameters())
     scored = reference.evaluate(decision.trace).log_probs_NK
     assert torch.equal(scored, decision.log_probs_BK)
+    fixed, theirs = [p for p in policy.parameters() if not p.requires_grad], {id(p) for p in reference.parameters()}
+    assert all(id(p) in theirs for p in fixed), "what does not learn is not kept twice"
     learn(policy, seed=12)
     assert torch.equal(reference.evaluate(decision.trace).log_probs_NK, scored)
     assert not torch.equal(policy.evaluate(decision.trace).log_probs_NK, scored)

@@ -112,6 +112,13 @@ def test_conversations_are_mixed_as_examples_are() -> None:
     assert picked.conversations == (talks.conversations[39], talks.conversations[0])
 
 
+def test_the_answers_of_examples_are_not_learned() -> None:
+    talks = scripted(demonstrations=2).batch(3)
+    for talk in talks.conversations:
+        weights = [message.weight for message in talk if message.role == "assistant"]
+        assert weights == [0.0] * 4 + [1.0] * 2
+
+
 # ---------------------------------------------------------------- files
 
 USER = {"role": "user", "content": "What is 1 + 1?"}
@@ -189,6 +196,12 @@ def test_the_order_depends_on_seed_and_cursor_alone(tmp_path: Path) -> None:
     assert said(one.batch(5)) == said(again.batch(5))
 
 
+def test_messages_weigh_what_their_line_says(tmp_path: Path) -> None:
+    first, later = {**ANSWER, "weight": 0}, {**ANSWER, "weight": 0.5}
+    source = read(write(tmp_path, {"messages": [USER, first, USER, later, USER, ANSWER]}))
+    assert [message.weight for message in source.batch(1).conversations[0]] == [1.0, 0.0, 1.0, 0.5, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
@@ -199,7 +212,11 @@ def test_the_order_depends_on_seed_and_cursor_alone(tmp_path: Path) -> None:
         ({"messages": [USER]}, "'messages' has no assistant"),
         ({"messages": [ANSWER, USER]}, "begins with the assistant"),
         ({"messages": [USER, {"role": "assistent", "content": "2"}]}, "'messages[1].role' is 'assistent', not one of system"),
-        ({"messages": [USER, {**ANSWER, "weight": 1}]}, "'messages[1]' has an unknown key 'weight'"),
+        ({"messages": [USER, {**ANSWER, "loss": 1}]}, "'messages[1]' has an unknown key 'loss'"),
+        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "'messages' has no assistant with a weight"),
+        ({"messages": [USER, {**ANSWER, "weight": -1}]}, "'messages[1].weight' is -1, no number from 0 on"),
+        ({"messages": [USER, {**ANSWER, "weight": True}]}, "'messages[1].weight' is True, no number from 0 on"),
+        ({"messages": [{**USER, "weight": 1}, ANSWER]}, "'messages[0].weight': only what an assistant says has a weight"),
         ({"messages": [USER, {"role": "assistant"}]}, "'messages[1]' says nothing"),
         ({"messages": [USER, {"role": "assistant", "content": 2}]}, "'messages[1].content' is neither a string nor a list"),
         ({"messages": [{**USER, "tool_calls": [CALL]}, ANSWER]}, "only an assistant calls tools"),

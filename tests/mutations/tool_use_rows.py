@@ -127,4 +127,25 @@ TOOL_USE: tuple[Row, ...] = (
         "== 0) >= held_out)",
         "tests/simulators/test_prompts_looking.py::test_orientations_held_out_are_never_trained_on",
     ),
+    (
+        "examples: their answers are learned",
+        "mmrl/tool_use.py",
+        "replace(message, weight=0.0)",
+        "message",
+        f"{_DATA}::test_the_answers_of_examples_are_not_learned",
+    ),
+    (
+        "imitation: a message weighs nothing",
+        "policies/chat_parts/ears.py",
+        "torch.full((len(ids),), message.weight)",
+        "torch.ones(len(ids))",
+        "tests/policies/test_qwen_vl_training.py::test_a_message_without_weight_is_heard_and_not_learned",
+    ),
+    (
+        "conversations: weights of messages are not read",
+        "mmrl/data/conversations.py",
+        "return float(weight)",
+        "return 1.0",
+        f"{_DATA}::test_messages_weigh_what_their_line_says",
+    ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,26 @@ def test_spans_weigh_the_tokens_that_they_touch(build: Callable[..., Any]) -> No
         whole = policy.supervised_loss(LESSONS, generator()).value
     torch.testing.assert_close(sum(losses) / each.sum(), whole, rtol=1e-6, atol=0)  # micro-batches add up
     assert abs(float(whole - plain.supervised_loss(LESSONS, generator()).value.detach())) > 1e-3
+
+
+@pytest.mark.parametrize("spans", [(), (SpanOptions(pattern=r"<answer>.*?</answer>", weight=3.0),)], ids=["no spans", "spans"])
+def test_a_message_without_weight_is_heard_and_not_learned(build: Callable[..., Any], spans: tuple[SpanOptions, ...]) -> None:
+    """What it says changes what follows; that it says it is not taught, whatever the others weigh."""
+    policy = build(spans=spans)
+    talk = next(talk for talk in LESSONS.conversations if sum(message.role == "assistant" for message in talk) > 1)
+    first = next(at for at, message in enumerate(talk) if message.role == "assistant")
+    heard = (*talk[:first], replace(talk[first], weight=0.0), *talk[first + 1 :])
+    weights = [piece.weights for piece in policy.ears.study(heard) if isinstance(piece, Said)]
+    assert weights[0] is not None and not weights[0].any()
+    said = [talk[: at + 1] for at, message in enumerate(talk) if message.role == "assistant"]
+    whole, alone = (float(policy.supervised_weight(Talks((each,)))) for each in (talk, said[0]))
+    assert float(policy.supervised_weight(Talks((heard,)))) == whole - alone
+    with torch.no_grad():
+        every, one, rest = (float(policy.supervised_loss(Talks((each,)), generator()).value) for each in (talk, said[0], heard))
+    assert rest * (whole - alone) == pytest.approx(every * whole - one * alone, rel=1e-5)
+    told = (*talk[:first], replace(talk[first], weight=0.0, parts=("Something else.",), token_ids=()), *talk[first + 1 :])
+    with torch.no_grad():
+        assert float(policy.supervised_loss(Talks((told,)), generator()).value) != rest
 
 
 def test_spans_find_their_text_in_tokens_that_were_said(build: Callable[..., Any]) -> None:
