@@ -182,7 +182,7 @@ class LikelihoodPolicy(Policy, Protocol):
         ...
 
     def reference(self) -> LikelihoodPolicy:
-        """A frozen copy of the policy as it is now (or its base without the adapter), for KL terms; shares what does not learn."""
+        """A frozen copy of the policy as it is now (or its base without the adapter), for KL terms."""
         ...
 
 
