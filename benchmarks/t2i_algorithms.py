@@ -110,7 +110,8 @@ def nft(recipe: Recipe) -> list[str]:
     """A point for each step that Flow-GRPO trains."""
     fields = {"target": "mmrl.algorithms.nft:DiffusionNFT", "times": {"count": recipe.steps - 1}}
     fields |= recipe.shared("group_size", "minibatches", "epochs")
-    return ["policy.sampler=ode", "policy.noise_level=null", trained_steps(), recipe.algorithm(fields)]
+    plain = ["policy.sampler=ode", "policy.evaluation_sampler=ode", "policy.noise_level=null"]
+    return [*plain, trained_steps(), recipe.algorithm(fields)]
 
 
 # name -> (what it starts from, its overrides)

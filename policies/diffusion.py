@@ -40,7 +40,7 @@ from policies.diffusion_parts.loading import lay_out, load_pipeline, pipeline_na
 from policies.diffusion_parts.options import Options
 from policies.diffusion_parts.prompts import Embeddings, Kept, Prompt, drawn_in, prompts_of
 from policies.diffusion_parts.sampling import Sampler, Walk
-from policies.diffusion_parts.schedule import chosen_steps
+from policies.diffusion_parts.schedule import chosen_steps, possible_steps
 from policies.shared.adapters import add_adapters, merged
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -210,7 +210,7 @@ class Diffusion(nn.Module):
     # -- acting --------------------------------------------------------------------------------------------------------
 
     def act(self, observation: Observation, draws: Draws, *, explore: bool) -> Decision:
-        """Without exploration every step follows the ODE, with the steps and the guidance of evaluation."""
+        """Without exploration by the steps, guidance and sampler of evaluation, where by default every step follows the ODE."""
         return self.begin_act(observation, draws, explore=explore)()
 
     @torch.no_grad()
@@ -238,7 +238,9 @@ class Diffusion(nn.Module):
         config = self.config
         steps, scale = config.evaluation_steps or config.steps, config.evaluation_guidance
         guided = self._guided(prompts, config.guidance if scale is None else scale)
-        return self._sampler.walk(guided, self._noise(draws), self.family.schedule.grid(steps), None, ())
+        chosen = possible_steps(config.trained_steps, steps) if config.evaluation_sampler == "rollout" else ()
+        walk = self._sampler.walk(guided, self._noise(draws), self.family.schedule.grid(steps), draws, chosen)
+        return Walk(walk.clean, [], [], [], [])  # nothing is learned from it
 
     def _explore(self, prompts: Sequence[Prompt], draws: Draws) -> tuple[Walk, list[int]]:
         config, chosen = self.config, self.chosen_steps()

@@ -133,6 +133,9 @@ class Options:
     """Scale of classifier-free guidance, in collecting and in scoring; 1 is none. An input of guidance-distilled networks."""
     evaluation_guidance: float | None = Field(default=None, ge=0)
     """Scale of guidance in evaluation; null: as ``guidance``."""
+    evaluation_sampler: Literal["ode", "rollout"] = "ode"
+    """How evaluation draws: without noise, or as rollouts do, with noise in all steps that ``trained_steps`` may choose. With
+    few steps the two differ, and what is learned for one need not serve the other."""
     guidance_detached: bool = False
     """Whether no gradient flows through the branch without prompt."""
     sampler: Literal["flow_sde", "cps", "constant", "ode", "ddim"] = "flow_sde"
@@ -179,6 +182,10 @@ class Options:
             raise ValueError(f"noise_level must be at most 1 with sampler '{self.sampler}'")
         if not noisy and self.trained_steps != TrainedSteps():
             raise ValueError("trained_steps is not used by sampler 'ode', which draws nothing at random; remove it")
+        if self.evaluation_sampler == "rollout" and not noisy:
+            raise ValueError("evaluation_sampler must be 'ode' with sampler 'ode', which draws nothing at random")
+        if self.evaluation_sampler == "rollout" and self.evaluation_steps not in (None, self.steps):
+            raise ValueError("evaluation_steps is not used with evaluation_sampler 'rollout', which takes steps; remove it")
         if self.prompt_cache is not None and self.train == "text_encoders":
             raise ValueError("prompt_cache is not used with train 'text_encoders', whose embeddings change; remove it")
         self._check_steps()

@@ -187,6 +187,13 @@ def chosen_steps(trained: TrainedSteps, steps: int, iteration: int, seed: int) -
     return sorted(order[: trained.size])
 
 
+def possible_steps(trained: TrainedSteps, steps: int) -> list[int]:
+    """All that ``chosen_steps`` may choose, in whatever iteration."""
+    if trained.which in ("all", "all_but_last"):
+        return chosen_steps(trained, steps, 0, 0)
+    return list(range(trained.start, steps - 1 if trained.stop is None else trained.stop))
+
+
 def _progressive(trained: TrainedSteps, size: int, stop: int, iteration: int) -> int:
     """The first step of a window that moves on, and begins again when it cannot."""
     firsts = range(trained.start, stop - size + 1, trained.stride)

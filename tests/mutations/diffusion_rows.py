@@ -13,6 +13,20 @@ _WHOLE = "tests/policies/test_whole_adapters.py::test_it_says_and_learns_what_pe
 
 DIFFUSION: tuple[Row, ...] = (
     (
+        "diffusion: evaluation never draws as rollouts do",
+        _POLICY,
+        'possible_steps(config.trained_steps, steps) if config.evaluation_sampler == "rollout" else ()',
+        "()",
+        f"{_STEPS}::test_evaluation_may_draw_as_rollouts_do",
+    ),
+    (
+        "diffusion: evaluation draws in the steps of its iteration",
+        _POLICY,
+        "possible_steps(config.trained_steps, steps)",
+        "self.chosen_steps()",
+        f"{_STEPS}::test_evaluation_may_draw_as_rollouts_do",
+    ),
+    (
         "diffusion: states are scored before they are rounded",
         f"{_PARTS}/sampling.py",
         "x_next = (mean + std * draws.normal(*x.shape[1:], dtype=mean.dtype)).to(x.dtype)",

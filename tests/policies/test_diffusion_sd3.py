@@ -421,6 +421,8 @@ def test_what_only_follows_the_ode_lacks_a_likelihood(sd3: str) -> None:
         ({"noise_level": None}, "noise_level must be above 0"),
         ({"sampler": "ode", "noise_level": 0.5}, "noise_level is not used"),
         ({"sampler": "cps", "noise_level": 1.5}, "at most 1"),
+        ({"sampler": "ode", "noise_level": None, "evaluation_sampler": "rollout"}, "evaluation_sampler must be 'ode'"),
+        ({"evaluation_sampler": "rollout", "evaluation_steps": 8}, "evaluation_steps is not used with"),
         ({"steps": 1}, "steps must be at least 2"),
         ({"trained_steps": {"which": "window"}}, "size is missing"),
         ({"trained_steps": {"which": "all", "size": 2}}, "size is not used"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from policies.diffusion_parts.options import TrainedSteps
-from policies.diffusion_parts.schedule import chosen_steps
+from policies.diffusion_parts.schedule import chosen_steps, possible_steps
 from tests.policies import tiny_diffusion as tiny
 
 
@@ -110,6 +110,38 @@ def test_random_steps_are_any_but_the_last() -> None:
     chosen = steps_of(60, which="random", size=3)
     assert {step for c in chosen for step in c} == set(range(8))
     assert all(c == sorted(set(c)) and len(c) == 3 for c in chosen) and len({tuple(c) for c in chosen}) > 10
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"which": "all"},
+        {"which": "all_but_last"},
+        {"which": "window", "size": 2, "start": 1, "stop": 6},
+        {"which": "window", "size": 1, "start": 3, "order": "random"},
+        {"which": "random", "size": 2, "start": 2, "stop": 7},
+    ],
+    ids=lambda trained: trained["which"],
+)
+def test_possible_steps_are_all_that_some_iteration_chooses(trained: dict[str, Any]) -> None:
+    assert possible_steps(TrainedSteps(**trained), 9) == sorted({step for steps in steps_of(200, **trained) for step in steps})
+
+
+def test_evaluation_may_draw_as_rollouts_do(sd3: str) -> None:
+    """The same pictures from the same draws; a window that moves has noise wherever it may be, in any iteration."""
+    for trained in ({}, {"which": "window", "size": 2, "start": 1, "stop": 3}):
+        policy = tiny.build(sd3, trained_steps=trained, evaluation_sampler="rollout")
+        judged = policy.act(tiny.observe(), tiny.draws(), explore=False)
+        explored = policy.act(tiny.observe(), tiny.draws(), explore=True)
+        assert torch.equal(tiny.pixels(judged.action), tiny.pixels(explored.action)) and not judged.trace
+        still = tiny.build(sd3, trained_steps=trained).act(tiny.observe(), tiny.draws(), explore=False)
+        assert not torch.equal(tiny.pixels(judged.action), tiny.pixels(still.action))
+    moving = tiny.build(sd3, trained_steps={"which": "window", "size": 1}, evaluation_sampler="rollout")
+    every = tiny.build(sd3, trained_steps={"which": "all_but_last"}).act(tiny.observe(), tiny.draws(), explore=True)
+    for iteration in (0, 1):
+        moving.at_iteration(iteration)
+        judged = moving.act(tiny.observe(), tiny.draws(), explore=False)
+        assert torch.equal(tiny.pixels(judged.action), tiny.pixels(every.action))
 
 
 def test_steps_outside_the_window_follow_the_ode(sd3: str) -> None:
