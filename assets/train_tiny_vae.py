@@ -25,7 +25,6 @@ from rich.progress import track
 from torch import Tensor
 
 from simulators.image_prompts import ShapePrompts, WordPrompts
-from simulators.image_prompts_parts.scenes import COLOURS, SHAPES
 
 KL_WEIGHT = 1e-5
 FRESH = 10_000_000  # task ids from here on are not trained on
@@ -33,7 +32,6 @@ FRESH = 10_000_000  # task ids from here on are not trained on
 
 PROMPTS = {
     "scenes": lambda: ShapePrompts(ShapePrompts.Config()),
-    "all_scenes": lambda: ShapePrompts(ShapePrompts.Config(shapes=SHAPES, colours=tuple(COLOURS))),
     "words": lambda: WordPrompts(WordPrompts.Config(width=32, height=32, longest=3)),
 }
 
@@ -90,7 +88,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--kinds", nargs="+", choices=list(PROMPTS), default=["scenes", "words"], help="of pictures")
+    parser.add_argument("--kinds", nargs="+", choices=list(PROMPTS), default=list(PROMPTS), help="of pictures")
     parser.add_argument("--squared", action="store_true", help="add the squared error")
     arguments = parser.parse_args()
     torch.manual_seed(0)

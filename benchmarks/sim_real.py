@@ -1,6 +1,6 @@
 """Does simulation help in the world, and does an anchor in the world's demonstrations help simulation's RL? (RL-Co)
 
-    python benchmarks/sim_real.py [--seeds 0 1 2] [--weights 0 0.01 0.05 0.2 1] [--jobs 2] [key=value ...]
+    python benchmarks/sim_real.py [--seeds 0 1 2] [--weights 0 0.05 0.2 1] [--jobs 2] [key=value ...]
 
 Some ways to use a few demonstrations from the world (the tabletop's domain ``real``) and a free simulation, each judged in both:
 imitation of the world's demonstrations alone, imitation of those and of simulated ones, and from the latter PPO in simulation
@@ -59,7 +59,7 @@ def train_seed(seed: int, weights: list[float], output: Path, overrides: list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--weights", nargs="+", type=float, default=[0.0, 0.01, 0.05, 0.2, 1.0])
+    parser.add_argument("--weights", nargs="+", type=float, default=[0.0, 0.05, 0.2, 1.0])
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, each on one thread")
     parser.add_argument("--output", type=Path, default=Path("runs/sim_real"))
     arguments, overrides = parser.parse_known_args()
