@@ -25,7 +25,7 @@ from mmrl.metrics import read
 from mmrl.numerics.statistics import percent
 
 DOMAINS = ("real", "sim")
-RECIPES = ("sim_real", "sim_real_quick")  # folders of configs
+RECIPES = ("sim_real", "sim_real_quick")
 
 
 def success(run: Path, domain: str) -> float:
@@ -61,7 +61,7 @@ def train_seed(recipe: str, seed: int, weights: list[float], output: Path, overr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=RECIPES, default=RECIPES[0])
+    parser.add_argument("--recipe", choices=RECIPES, default=RECIPES[0], help="folder of configs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--weights", nargs="+", type=float, default=[0.0, 0.01, 0.05, 0.2, 1.0])
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, each on one thread")

@@ -151,7 +151,7 @@ class Ears:
         ids, offsets = self._spelled(message.token_ids) if message.token_ids else self._spell(text)
         if not self.spans and message.weight == 1:
             return Said(torch.tensor(ids))
-        weights = torch.full((len(ids),), message.weight)
+        weights = torch.full((len(ids),), float(message.weight))
         for span in self.spans:
             for found in span.pattern.finditer(text):
                 for place, (first, last) in enumerate(offsets):

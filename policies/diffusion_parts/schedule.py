@@ -189,14 +189,22 @@ def chosen_steps(trained: TrainedSteps, steps: int, iteration: int, seed: int) -
 
 def possible_steps(trained: TrainedSteps, steps: int) -> list[int]:
     """All that ``chosen_steps`` may choose, in whatever iteration."""
-    if trained.which in ("all", "all_but_last"):
+    if trained.size is None:
         return chosen_steps(trained, steps, 0, 0)
-    return list(range(trained.start, steps - 1 if trained.stop is None else trained.stop))
+    stop = steps - 1 if trained.stop is None else trained.stop
+    if trained.which == "random":
+        return list(range(trained.start, stop))
+    return sorted({first + k for first in _firsts(trained, trained.size, stop) for k in range(trained.size)})
+
+
+def _firsts(trained: TrainedSteps, size: int, stop: int) -> range:
+    """Steps with which a window may begin; one that is placed anew has a stride of 1."""
+    return range(trained.start, stop - size + 1, trained.stride)
 
 
 def _progressive(trained: TrainedSteps, size: int, stop: int, iteration: int) -> int:
     """The first step of a window that moves on, and begins again when it cannot."""
-    firsts = range(trained.start, stop - size + 1, trained.stride)
+    firsts = _firsts(trained, size, stop)
     left = iteration % sum(_stay(trained, first, stop) for first in firsts)
     for first in firsts:
         left -= _stay(trained, first, stop)

@@ -137,7 +137,7 @@ TOOL_USE: tuple[Row, ...] = (
     (
         "imitation: a message weighs nothing",
         "policies/chat_parts/ears.py",
-        "torch.full((len(ids),), message.weight)",
+        "torch.full((len(ids),), float(message.weight))",
         "torch.ones(len(ids))",
         "tests/policies/test_qwen_vl_training.py::test_a_message_without_weight_is_heard_and_not_learned",
     ),

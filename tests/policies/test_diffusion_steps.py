@@ -119,9 +119,11 @@ def test_random_steps_are_any_but_the_last() -> None:
         {"which": "all_but_last"},
         {"which": "window", "size": 2, "start": 1, "stop": 6},
         {"which": "window", "size": 1, "start": 3, "order": "random"},
+        {"which": "window", "size": 1, "stride": 3},
+        {"which": "window", "size": 2, "start": 1, "stride": 4},
         {"which": "random", "size": 2, "start": 2, "stop": 7},
     ],
-    ids=lambda trained: trained["which"],
+    ids=lambda trained: " ".join(map(str, trained.values())),
 )
 def test_possible_steps_are_all_that_some_iteration_chooses(trained: dict[str, Any]) -> None:
     assert possible_steps(TrainedSteps(**trained), 9) == sorted({step for steps in steps_of(200, **trained) for step in steps})
