@@ -176,7 +176,7 @@ def chosen_steps(trained: TrainedSteps, steps: int, iteration: int, seed: int) -
     if trained.which in ("all", "all_but_last"):
         return list(range(steps - (trained.which == "all_but_last")))
     assert trained.size is not None
-    stop = steps - 1 if trained.stop is None else trained.stop
+    stop = _stop(trained, steps)
     turn = iteration // trained.every
     if trained.which == "window":
         places = stop - trained.start - trained.size + 1
@@ -191,10 +191,15 @@ def possible_steps(trained: TrainedSteps, steps: int) -> list[int]:
     """All that ``chosen_steps`` may choose, in whatever iteration."""
     if trained.size is None:
         return chosen_steps(trained, steps, 0, 0)
-    stop = steps - 1 if trained.stop is None else trained.stop
+    stop = _stop(trained, steps)
     if trained.which == "random":
         return list(range(trained.start, stop))
     return sorted({first + k for first in _firsts(trained, trained.size, stop) for k in range(trained.size)})
+
+
+def _stop(trained: TrainedSteps, steps: int) -> int:
+    """The step before which all lie that may be chosen: by default the last one."""
+    return steps - 1 if trained.stop is None else trained.stop
 
 
 def _firsts(trained: TrainedSteps, size: int, stop: int) -> range:

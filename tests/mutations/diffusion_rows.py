@@ -20,6 +20,13 @@ DIFFUSION: tuple[Row, ...] = (
         f"{_STEPS}::test_evaluation_may_draw_as_rollouts_do",
     ),
     (
+        "diffusion: a window that strides may begin anywhere",
+        f"{_PARTS}/schedule.py",
+        "for first in _firsts(trained, trained.size, stop) for k",
+        "for first in range(trained.start, stop - trained.size + 1) for k",
+        f"{_STEPS}::test_possible_steps_are_all_that_some_iteration_chooses",
+    ),
+    (
         "diffusion: evaluation draws in the steps of its iteration",
         _POLICY,
         "possible_steps(config.trained_steps, steps)",
@@ -43,8 +50,8 @@ DIFFUSION: tuple[Row, ...] = (
     (
         "diffusion: the window begins again a stride too late",
         f"{_PARTS}/schedule.py",
-        "firsts = range(trained.start, stop - size + 1, trained.stride)",
-        "firsts = range(trained.start, stop - size + 2, trained.stride)",
+        "return range(trained.start, stop - size + 1, trained.stride)",
+        "return range(trained.start, stop - size + 2, trained.stride)",
         f"{_STEPS}::test_a_progressive_window_moves_and_begins_again",
     ),
     (
@@ -57,8 +64,8 @@ DIFFUSION: tuple[Row, ...] = (
     (
         "diffusion: the last step may be chosen",
         f"{_PARTS}/schedule.py",
-        "stop = steps - 1 if trained.stop is None else trained.stop",
-        "stop = steps if trained.stop is None else trained.stop",
+        "return steps - 1 if trained.stop is None else trained.stop",
+        "return steps if trained.stop is None else trained.stop",
         f"{_STEPS}::test_random_steps_are_any_but_the_last",
     ),
     (
