@@ -32,7 +32,8 @@ class ScriptedConversations:
     """Endless fresh conversations in the run's environment, which its scripted expert leads and gets right.
 
     ``hasty`` mixes in those of somebody who does not look: one message, which answers as another conversation of the same kind
-    ended. That is how models talk before they are taught tools, and what reinforcement learning has to overcome.
+    ended. That is how models talk before they are taught tools, and what reinforcement learning has to overcome. Where prompts
+    draw, those are pictures whose caption belongs to another one, as captions that were found beside pictures often do.
     """
 
     @dataclass(frozen=True, config=_STRICT)

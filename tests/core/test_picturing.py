@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,24 @@ def test_what_the_prompts_draw_is_shown_as_an_example(rewards: Any) -> None:
     for task, talk in enumerate(talks, 2_000_000):
         assert made.reset(tasks(task)).instructions[0] == talk[0].text
         assert made.step(Column.of([talk[1]])).metrics["success"].item() == 1.0
+
+
+def test_a_share_of_captions_may_belong_to_another_picture() -> None:
+    block, size, prompts = ScriptedConversations.Config(num_envs=50, hasty=0.6), 200, dict(painting_run.PROMPTS)
+    prompts["tags"] = ["single_object", "counting"]
+
+    def drawn(hasty: float) -> tuple[Any, ...]:
+        source = DataContext(lambda slots, _: environment(SHAPES, num_envs=slots, prompts=prompts), 1, 0, CPU)
+        return ScriptedConversations(replace(block, hasty=hasty), context=source).batch(size).conversations
+
+    talks, true = drawn(0.6), drawn(0.0)
+    assert [talk[0].text for talk in talks] == [talk[0].text for talk in true], "the same prompts"
+    shown, own = ([talk[1].pictures[0].key for talk in of] for of in (talks, true))
+    assert 0.5 < sum(a != b for a, b in zip(shown, own, strict=True)) / size < 0.7
+    questions = environment(SHAPES, num_envs=1, prompts=prompts).prompts
+    tag_of = {key: questions.question(2_000_000 + place).family for place, key in enumerate(own)}
+    assert set(tag_of.values()) == set(prompts["tags"])
+    assert [tag_of[key] for key in shown] == [tag_of[key] for key in own], "pictures of other prompts with the same tag"
 
 
 def test_without_rewards_no_other_picture_is_a_success() -> None:

@@ -190,4 +190,11 @@ PICTURING: tuple[Row, ...] = (
         "scores.append(0.0)",
         f"{_SHAPES}::test_what_cannot_be_judged_is_no_number_and_says_why",
     ),
+    (
+        "conversations: a caption belongs to a picture of any kind",
+        "mmrl/data/conversations.py",
+        "other is not transcript and other.question.family == transcript.question.family]",
+        "other is not transcript]",
+        "tests/core/test_picturing.py::test_a_share_of_captions_may_belong_to_another_picture",
+    ),
 )

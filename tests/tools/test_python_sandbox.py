@@ -166,6 +166,11 @@ def test_transparent_pixels_are_white() -> None:
     assert (pixels(result.pictures[0]) == 255).all()
 
 
+def test_grey_of_16_bits_becomes_grey_of_8() -> None:
+    result = sandbox().run("from PIL import Image\nshow(Image.new('I;16', (3, 2), 0x8011))")
+    assert (pixels(result.pictures[0]) == 0x80).all()
+
+
 def test_pictures_are_limited_in_number_and_size() -> None:
     tool = sandbox(output_pictures=2, output_pixels=100)
     result = tool.run("from PIL import Image\nfor side in (10, 11, 9, 8): show(Image.new('L', (side, side)))")

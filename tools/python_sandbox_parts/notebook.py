@@ -103,7 +103,7 @@ class Notebook:
         elif not 0 < width * height <= self._limits.pixels or max(width, height) > PICTURE_SIDE:
             self._note(f"A picture of {width} x {height} is left out: at most {self._limits.pixels} pixels are given back.")
         else:
-            self._pictures.append((width, height, _on_white(image).tobytes()))
+            self._pictures.append((width, height, _as_seen(image).tobytes()))
 
     def _note(self, sentence: str) -> None:
         if sentence not in self._notes:
@@ -163,8 +163,10 @@ def _is_open(value: Any) -> bool:
     return any(figure is value for figure in _open_figures())
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """In RGB, transparent pixels white, as they are elsewhere (``mmrl.messages.as_seen``); nothing of mmrl's is loaded here."""
+def _as_seen(image: Image.Image) -> Image.Image:
+    """In RGB, transparent pixels white and 16 bits made 8, as elsewhere (``mmrl.messages.as_seen``); mmrl is not loaded here."""
+    if image.mode.startswith("I;16"):
+        return image.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
