@@ -161,14 +161,10 @@ def test_what_show_cannot_take_is_an_error_of_the_code() -> None:
     assert "show() takes a PIL image, a matplotlib figure or an array, not str" in sandbox().run("show('x')").text
 
 
-def test_transparent_pixels_are_white() -> None:
-    result = sandbox().run("from PIL import Image\nshow(Image.new('RGBA', (3, 2), (0, 0, 0, 0)))")
-    assert (pixels(result.pictures[0]) == 255).all()
-
-
-def test_grey_of_16_bits_becomes_grey_of_8() -> None:
-    result = sandbox().run("from PIL import Image\nshow(Image.new('I;16', (3, 2), 0x8011))")
-    assert (pixels(result.pictures[0]) == 0x80).all()
+@pytest.mark.parametrize("mode, colour, seen", [("RGBA", (0, 0, 0, 0), 255), ("I;16", 0x8011, 0x80)])
+def test_transparent_pixels_are_white_and_16_bits_become_8(mode: str, colour: object, seen: int) -> None:
+    result = sandbox().run(f"from PIL import Image\nshow(Image.new('{mode}', (3, 2), {colour}))")
+    assert (pixels(result.pictures[0]) == seen).all()
 
 
 def test_pictures_are_limited_in_number_and_size() -> None:
