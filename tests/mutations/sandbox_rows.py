@@ -25,4 +25,6 @@ SANDBOX = (
      f"{_USE}the_process_of_a_call_ends_with_it"),
     ("sandbox: figures of a failed call stay open", _NOTEBOOK, 'sys.modules["matplotlib.pyplot"].close("all")', "pass",
      f"{_USE}figures_of_code_that_failed_do_not_come_with_the_next_call"),
+    ("sandbox: grey of 16 bits is white", _NOTEBOOK, 'if image.mode.startswith("I;16"):', "if False:",
+     f"{_USE}transparent_pixels_are_white_and_16_bits_become_8"),
 )  # fmt: skip
