@@ -1,6 +1,6 @@
 """Is this PPO as good as published ones? CartPole-v1 and Pendulum-v1 over seeds, beside the figures of CleanRL and SB3.
 
-    python benchmarks/ppo_reference.py [--tasks cartpole pendulum] [--seeds 0 1 2] [key=value ...]
+    python benchmarks/ppo_reference.py [--tasks cartpole pendulum] [--seeds 0 1 2] [--jobs 2] [key=value ...]
 
 Prints a Markdown table: mean return of the deterministic policy over held-out episodes, per seed. Every run is ``mmrl train`` of
 a config in configs/gymnasium/ in a process of its own. Finished runs are kept under --output and not repeated. Further arguments
@@ -10,13 +10,13 @@ are overrides for all runs.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from launch import ROOT, mmrl
 
 from mmrl.metrics import read
 
-ROOT = Path(__file__).parent.parent
 # task -> what others report
 PUBLISHED = {
     "cartpole": "CleanRL ppo.py, 500,000 steps: 488.75 ± 18.40 (docs/rl-algorithms/ppo.md); gymnasium calls 475 solved",
@@ -31,10 +31,7 @@ def run_once(task: str, seed: int, output: Path, overrides: list[str]) -> Path:
     if (folder / "report.html").is_file():
         return folder
     config = ROOT / "configs" / "gymnasium" / f"ppo_{task}.yaml"
-    settings = [f"name={name}", f"output={output}", f"seed={seed}", *overrides]
-    subprocess.run(
-        [sys.executable, "-m", "mmrl", "train", str(config), *settings], check=True, cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+    mmrl("train", config, f"name={name}", f"output={output}", f"seed={seed}", *overrides)
     return folder
 
 
@@ -61,14 +58,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--output", type=Path, default=Path("runs/ppo_reference"))
     arguments, overrides = parser.parse_known_args()
     print(
         "| task | seed | return before | return after (± std) | episodes | env steps | minutes |\n|---|---|---|---|---|---|---|"
     )
-    for task in arguments.tasks:
-        for seed in arguments.seeds:
-            print(row(task, seed, run_once(task, seed, arguments.output.resolve(), overrides)), flush=True)
+    runs = [(task, seed) for task in arguments.tasks for seed in arguments.seeds]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        folders = pool.map(lambda run: run_once(*run, arguments.output.resolve(), overrides), runs)
+        for (task, seed), folder in zip(runs, folders, strict=True):
+            print(row(task, seed, folder), flush=True)
     for task in arguments.tasks:
         print(f"\n{task}, published: {PUBLISHED[task]}")
 
