@@ -226,6 +226,9 @@ def test_evaluating_a_run_again_gives_its_last_evaluation(
     playback.evaluate_run(run_dir, ["environment.families=[push]", "evaluation.num_envs=2"], 3, Quiet())
     *_, changed = tiny_run.rows(run_dir)
     assert changed["episodes"] == 3 and list(changed["families"]) == ["push"]
+    unread = r"config\.yaml: 'stages\.improve\.optimizer\.lr' is for training; evaluating reads only seed, .*\.improve\.policy"
+    with pytest.raises(ConfigError, match=unread):
+        playback.evaluate_run(run_dir, ["evaluation.num_envs=2", "stages.improve.optimizer.lr=1.0"], 2, Quiet())
     report.build(run_dir)
     with exclusive(run_dir):  # as if it were still being trained
         playback.evaluate_run(run_dir, [], 2, Quiet())
@@ -306,7 +309,10 @@ LATE = {
     "weights of another shape": (["stages.warm_start.policy={critic: null}"], "stages.improve.policy"),
     "instructions that do not fit": (["policy.max_text_tokens=2"], "policy.max_text_tokens = 2"),
     "a device that is not there": (["device=cuda:99"], "'device' is 'cuda:99', which cannot be used here"),
-    "groups nobody trains": (["stages.warm_start.optimizer.groups={nobody: {lr: 1.0}}"], "optimizer.groups.nobody"),
+    "groups nobody trains": (
+        ["stages.warm_start.optimizer.groups={nobody: {lr: 1.0}}"],
+        "^stages.warm_start.optimizer.groups.nobody configures a group",
+    ),
 }
 
 
@@ -319,6 +325,18 @@ def test_what_only_building_can_tell_ends_in_a_sentence(case: str, tiny: Path) -
     assert "\n" not in str(caught.value)
     # Nothing is left of a run that never began; one that got to its second stage keeps what it has.
     assert run_dir.exists() == ("stages.improve" in key or "collect" in key)
+
+
+def test_a_later_stage_that_is_refused_says_how_the_run_goes_on(tiny: Path, runs: dict[str, Path]) -> None:
+    run_dir = tiny.parent / "runs" / "mended"
+    with pytest.raises(ConfigError, match=r"^stages\.improve\.optimizer\.groups\.nobody configures") as caught:
+        train(load(tiny, [*KINDS["ppo_flow_sde"], "stages.improve.optimizer.groups={nobody: {lr: 1.0}}"]), run_dir, Quiet())
+    assert str(caught.value).endswith(f"mend {run_dir / 'config.yaml'}, then go on with --resume {run_dir}")
+    (run_dir / "config.yaml").write_text(
+        config.dump(load(run_dir / "config.yaml", ["stages.improve.optimizer.groups.nobody=null"]))
+    )
+    resume(run_dir, Quiet())
+    assert tiny_run.weights(run_dir) == tiny_run.weights(runs["ppo_flow_sde"])
 
 
 def test_only_one_process_trains_a_run(runs: dict[str, Path]) -> None:
