@@ -226,9 +226,6 @@ def test_evaluating_a_run_again_gives_its_last_evaluation(
     playback.evaluate_run(run_dir, ["environment.families=[push]", "evaluation.num_envs=2"], 3, Quiet())
     *_, changed = tiny_run.rows(run_dir)
     assert changed["episodes"] == 3 and list(changed["families"]) == ["push"]
-    unread = r"config\.yaml: 'stages\.improve\.optimizer\.lr' is for training; evaluating reads only seed, .*\.improve\.policy"
-    with pytest.raises(ConfigError, match=unread):
-        playback.evaluate_run(run_dir, ["evaluation.num_envs=2", "stages.improve.optimizer.lr=1.0"], 2, Quiet())
     report.build(run_dir)
     with exclusive(run_dir):  # as if it were still being trained
         playback.evaluate_run(run_dir, [], 2, Quiet())
@@ -327,16 +324,26 @@ def test_what_only_building_can_tell_ends_in_a_sentence(case: str, tiny: Path) -
     assert run_dir.exists() == ("stages.improve" in key or "collect" in key)
 
 
-def test_a_later_stage_that_is_refused_says_how_the_run_goes_on(tiny: Path, runs: dict[str, Path]) -> None:
+def test_a_later_stage_that_is_refused_says_how_the_run_goes_on(tiny: Path) -> None:
     run_dir = tiny.parent / "runs" / "mended"
     with pytest.raises(ConfigError, match=r"^stages\.improve\.optimizer\.groups\.nobody configures") as caught:
-        train(load(tiny, [*KINDS["ppo_flow_sde"], "stages.improve.optimizer.groups={nobody: {lr: 1.0}}"]), run_dir, Quiet())
+        train(load(tiny, ["stages.improve.optimizer.groups={nobody: {lr: 1.0}}"]), run_dir, Quiet())
     assert str(caught.value).endswith(f"mend {run_dir / 'config.yaml'}, then go on with --resume {run_dir}")
-    (run_dir / "config.yaml").write_text(
-        config.dump(load(run_dir / "config.yaml", ["stages.improve.optimizer.groups.nobody=null"]))
-    )
+    mended = load(run_dir / "config.yaml", ["stages.improve.optimizer.groups.nobody=null", "stages.improve.iterations=1"])
+    (run_dir / "config.yaml").write_text(config.dump(mended))
     resume(run_dir, Quiet())
-    assert tiny_run.weights(run_dir) == tiny_run.weights(runs["ppo_flow_sde"])
+    trained = [(row["stage"], row["iteration"]) for row in tiny_run.rows(run_dir) if row["kind"] == "train"]
+    assert trained == [("warm_start", 1), ("warm_start", 2), ("improve", 1)]
+
+
+def test_a_change_that_measuring_a_run_would_not_notice_is_refused(tiny: Path) -> None:
+    run_dir = tiny_run.run(tiny, "measured", "stages.warm_start.iterations=1", "stages.improve.iterations=1")
+    unread = r"config\.yaml: 'stages\.improve\.optimizer\.lr' is for training; evaluating reads only seed, .*\.improve\.policy"
+    with pytest.raises(ConfigError, match=unread):
+        playback.evaluate_run(run_dir, ["evaluation.num_envs=2", "stages.improve.optimizer.lr=1.0"], 2, Quiet())
+    assert tiny_run.rows(run_dir)[-1]["label"] == "after"
+    playback.evaluate_run(run_dir, ["evaluation.num_envs=2", "stages.improve.environment.reward=sparse"], 2, Quiet())
+    assert tiny_run.rows(run_dir)[-1]["label"] == "evaluate"
 
 
 def test_only_one_process_trains_a_run(runs: dict[str, Path]) -> None:

@@ -75,14 +75,14 @@ CONFIG: tuple[Row, ...] = (
         "mmrl/learners.py",
         'where=f"{self.where}.optimizer",',
         'where="optimizer",',
-        f"{_TRAINER}::test_what_only_building_can_tell_ends_in_a_sentence",
+        f"{_TRAINER}::test_a_later_stage_that_is_refused_says_how_the_run_goes_on",
     ),
     (
         "playback: what is for training is overridden in silence",
         "mmrl/playback.py",
         '    refuse_unread(run_dir / "config.yaml", overrides, _READ, stage.name)\n',
         "",
-        f"{_TRAINER}::test_evaluating_a_run_again_gives_its_last_evaluation",
+        f"{_TRAINER}::test_a_change_that_measuring_a_run_would_not_notice_is_refused",
     ),
     (
         "report: rewards that a stage changes by name are none",
