@@ -157,7 +157,7 @@ def dotted(loc: Loc, data: Any) -> str:
             parts.append(str(part))
         elif isinstance(data, list) and isinstance(part, int) and part < len(data):
             data = data[part]
-            parts.append(_item_name(data, part))
+            parts.append(str(data["name"]) if isinstance(data, Mapping) and "name" in data else str(part))
         elif position == len(loc) - 1 and (data is None or isinstance(data, Mapping)):
             parts.append(str(part))  # a key that is missing; every other part that data lacks is a union's tag
     return ".".join(parts)
@@ -169,7 +169,7 @@ def class_name(target: str) -> str:
 
 
 def _item_name(item: Any, index: int) -> str:
-    """How overrides and messages address an item of a list: by its name, or else its class, or else its place."""
+    """How overrides address an item of a list: by its name, or else its class, or else its place."""
     if not isinstance(item, Mapping):
         return str(index)
     if "name" in item:

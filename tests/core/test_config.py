@@ -321,7 +321,6 @@ def test_an_item_of_a_list_is_addressed_by_its_name_or_its_class_or_its_place() 
     changed = component.merge(blocks, {"rewards": changes})["rewards"]
     assert [block.get("weight") for block in changed] == [2, 3, None, 4]
     assert [block["target"] for block in changed] == [block["target"] for block in blocks["rewards"]]
-    assert component.dotted(("rewards", 0, "weight"), blocks) == "rewards.pick_score.weight"
     with pytest.raises(ConfigError, match=r"unknown key 'rewards\.clip_score'; known are form, pick_score, watch$"):
         component.merge(blocks, {"rewards": {"clip_score": {"weight": 1}}})
     with pytest.raises(ConfigError, match=r"'rewards\.form' may mean any of 2 items; address one by its place, 2, 3$"):
