@@ -12,6 +12,7 @@ integer, an integer is a float), and everything wrong is reported at once as Pro
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, get_args
@@ -126,7 +127,8 @@ def merge(old: Any, new: Any, where: str = "") -> Any:
     """``new`` laid over ``old``, both plain data; neither is changed.
 
     Mappings merge key by key, except that a mapping with another ``target`` replaces the whole block. A mapping laid over a list
-    addresses its items, by index or by their ``name``. Anything else replaces. Raises ConfigError if a mapping names no item.
+    addresses its items, by index, by their ``name`` or, where they have none, by the ``class_name`` of their target. Anything
+    else replaces. Raises ConfigError if a mapping names no item, or more than one.
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         if "target" in new and new["target"] != old.get("target"):
@@ -161,8 +163,25 @@ def dotted(loc: Loc, data: Any) -> str:
     return ".".join(parts)
 
 
+def class_name(target: str) -> str:
+    """What a block is called that has no name of its own, after its class (``mmrl.rewards.form:FormOfAll``: form_of_all)."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", target.rpartition(":")[2]).lower()
+
+
+def _item_name(item: Any, index: int) -> str:
+    """How overrides address an item of a list: by its name, or else its class, or else its place."""
+    if not isinstance(item, Mapping):
+        return str(index)
+    if "name" in item:
+        return str(item["name"])
+    return class_name(item["target"]) if isinstance(item.get("target"), str) else str(index)
+
+
 def _index(items: list[Any], key: str, where: str) -> int:
-    names = [str(item["name"]) if isinstance(item, Mapping) and "name" in item else str(i) for i, item in enumerate(items)]
+    names = [_item_name(item, index) for index, item in enumerate(items)]
+    if names.count(key) > 1:
+        places = ", ".join(str(index) for index, name in enumerate(names) if name == key)
+        raise ConfigError(f"'{where}.{key}' may mean any of {names.count(key)} items; address one by its place, {places}")
     if key in names:
         return names.index(key)
     if key.isdigit() and int(key) < len(items):
@@ -215,9 +234,8 @@ _WISHES = {
 
 
 def _wish(code: str, message: str) -> str:
-    return _WISHES.get(code) or message.replace("Input should be a valid", "must be a").replace("Input should", "must").replace(
-        "a integer", "an integer"
-    )
+    own = message.replace("Input should be a valid", "must be a").replace("Input should", "must").replace("String should", "must")
+    return _WISHES.get(code) or own.replace("a integer", "an integer")
 
 
 def field_types(kind: Any) -> dict[str, Any]:

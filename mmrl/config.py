@@ -6,6 +6,7 @@ are the only places where a default stands. Every error is a sentence that names
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,7 +15,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from mmrl.component import Component, Problems, jsonable, merge, validate
 from mmrl.errors import ConfigError
@@ -62,7 +63,7 @@ class SupervisedConfig(Block):
     """Where the examples come from."""
     batch_size: PositiveInt
     """Examples per update."""
-    weight: float | Annotated[list[float], Field(min_length=2, max_length=2)] = 0.2
+    weight: NonNegativeFloat | Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=2)] = 0.2
     """Weight of the term; [from, to] moves linearly over the stage."""
 
 
@@ -120,7 +121,7 @@ class MeasuringConfig(Block):
     per_task: bool = False
     """Whether ``episodes`` are those of each task (family) instead of all together."""
     first_task: NonNegativeInt = 1_000_000
-    """Id of the first evaluation task; training draws its ids below it."""
+    """Id of the first evaluation task. Training's lie elsewhere: rollouts' above 4 billion, demonstrations' where they say."""
     num_envs: PositiveInt = 256
     """Environments that run in lock-step; the results do not depend on it."""
     act_batch: PositiveInt = 32
@@ -181,7 +182,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read ``path``, lay ``overrides`` (``stages.improve.optimizer.lr=1e-4``) over it, and validate.
 
     A top-level ``base: other.yaml`` (relative to the file) is read first and the file laid over it. List items are addressed by
-    index or by their name; a block that names another ``target`` replaces the old one whole. Raises ConfigError.
+    index, by their name, or by that of their class (``rewards.pick_score.weight=0``); a block that names another ``target``
+    replaces the old one whole. Raises ConfigError.
     """
     config = load_as(RunConfig, path, overrides)
     refusals = [f"{path}: {sentence}" for sentence in _refusals(config)]
@@ -201,7 +203,30 @@ def load_as(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -
 
 def dump(config: RunConfig) -> str:
     """The configuration as YAML with every field spelled out; ``load`` of it gives an equal RunConfig."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
+    return written(plain(config), sort_keys=False, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what OmegaConf, unlike YAML 1.1, would read as a number: the name 1e5."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*\.?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def written(value: Any, **options: Any) -> str:
+    """Plain data as YAML that OmegaConf reads as just that; ``options`` are yaml.dump's."""
+    return yaml.dump(_escaped(value), Dumper=_Dumper, allow_unicode=True, **options)
+
+
+def _escaped(value: Any) -> Any:
+    """With a backslash before what would be an interpolation, and as many again as there are."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
@@ -288,12 +313,30 @@ def _refusals(config: RunConfig) -> Iterator[str]:
     names = [stage.name for stage in config.stages]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"'stages' has {names.count(name)} stages called '{name}'; each needs a name of its own"
+    if strangers := [*_strangers(config)]:
+        yield from strangers
+        return
     for stage in config.stages:
         for check in (_blocks, _capabilities, _sizes, _rewards):
             yield from check(config, stage)
         yield from _overridden(config.policy, stage.policy, f"stages.{stage.name}.policy")
         yield from _overridden(config.environment, stage.environment, f"stages.{stage.name}.environment")
     yield from _overridden(config.environment, config.evaluation.environment, "evaluation.environment")
+
+
+def _strangers(config: RunConfig) -> Iterator[str]:
+    """Classes that are not of the kind that their block asks for."""
+    blocks = [("policy", config.policy, "policy", "act"), ("environment", config.environment, "environment", "reset")]
+    for stage in config.stages:
+        key = f"stages.{stage.name}"
+        blocks.append((f"{key}.algorithm", stage.algorithm, "algorithm", "needs"))
+        if stage.data is not None:
+            blocks.append((f"{key}.data", stage.data, "source of examples", "batch"))
+        if stage.supervised is not None:
+            blocks.append((f"{key}.supervised.data", stage.supervised.data, "source of examples", "batch"))
+    for key, component, kind, needed in blocks:
+        if not hasattr(component.cls, needed):
+            yield f"'{key}.target' is {component.target}, which is no {kind} (it has no '{needed}')"
 
 
 # need of an algorithm -> the block of a stage that feeds it

@@ -10,10 +10,8 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
 from mmrl.component import Component
-from mmrl.config import RunConfig, plain
+from mmrl.config import RunConfig, plain, written
 
 _COLUMN = 52  # where comments begin
 
@@ -64,7 +62,7 @@ def _entry(head: str, value: Any, owner: Any, indent: str, note: str | None) -> 
             yield f"{indent}  - {lines[0].strip()}"
             yield from lines[1:]
     else:
-        text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("...\n").strip()
+        text = written(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
         yield _with_note(f"{head} {text}", note)
 
 

@@ -63,7 +63,13 @@ class Setting:
 
     def optimization(self, total_updates: int) -> Optimization:
         config = self.config
-        return Optimization(config.optimizer, self.policy.trainable(), total_updates, max_skipped=config.max_skipped_updates)
+        return Optimization(
+            config.optimizer,
+            self.policy.trainable(),
+            total_updates,
+            max_skipped=config.max_skipped_updates,
+            where=f"{self.where}.optimizer",
+        )
 
 
 class Learner(ABC):

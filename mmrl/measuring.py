@@ -27,7 +27,7 @@ from mmrl.component import Component, field_types, jsonable
 from mmrl.config import Block, MeasuringConfig, device_name, load, load_as, resolved
 from mmrl.errors import ConfigError
 from mmrl.evaluation import EvaluationResult, choose_tasks, in_turn, result_of, slots_of
-from mmrl.playback import load_policy, result_table
+from mmrl.playback import load_policy, overridden_keys, refuse_unread, result_table
 from mmrl.playing import Played, Player, Reel
 from mmrl.progress import Progress
 from mmrl.protocols import Environment
@@ -72,10 +72,8 @@ def load_measurement(path: Path, overrides: Sequence[str]) -> MeasurementConfig:
         return config.model_copy(update={"environment": environment})
     run = load(path, overrides)
     last = run.stages[-1]
-    unread = next((key for key in _keys(overrides) if not _is_read(key, last.name)), None)
-    if unread is not None:
-        raise ConfigError(f"{path}: '{unread}' is for training; evaluating reads only {', '.join(_read_of_a_run(last.name))}")
-    output = {"output": run.output} if "output" in _keys(overrides) else {}
+    refuse_unread(path, overrides, [name for name in MeasurementConfig.model_fields if name != "evaluation"], last.name)
+    output = {"output": run.output} if "output" in overridden_keys(overrides) else {}
     return MeasurementConfig(
         name=run.name,
         seed=run.seed,
@@ -86,21 +84,6 @@ def load_measurement(path: Path, overrides: Sequence[str]) -> MeasurementConfig:
         evaluation=MeasuringConfig(**{name: getattr(run.evaluation, name) for name in MeasuringConfig.model_fields}),
         **output,
     )
-
-
-def _keys(overrides: Sequence[str]) -> list[str]:
-    return [override.partition("=")[0].strip() for override in overrides]
-
-
-def _read_of_a_run(stage: str) -> list[str]:
-    """The keys of a run's configuration that a measurement reads, ``stage`` being the last one."""
-    of_evaluation = [f"evaluation.{name}" for name in MeasuringConfig.model_fields]
-    own = [name for name in MeasurementConfig.model_fields if name != "evaluation"]
-    return [*own, *of_evaluation, f"stages.{stage}.policy", f"stages.{stage}.environment"]
-
-
-def _is_read(key: str, stage: str) -> bool:
-    return key == "evaluation" or any(key == read or key.startswith(f"{read}.") for read in _read_of_a_run(stage))
 
 
 def measure(checkpoint: str, config: MeasurementConfig, folder: Path, progress: Progress) -> Path:

@@ -127,8 +127,8 @@ class Optimization:
     """Updates a policy's parameters, group by group; one per stage.
 
     ``parameters_by_group`` is what ``Policy.trainable()`` returns; groups without parameters are left out. ``total_updates`` is
-    where decaying schedules end, ``max_skipped`` how many updates in a row may be skipped before the run stops. Raises
-    ConfigError for a configured group that is not trained.
+    where decaying schedules end, ``max_skipped`` how many updates in a row may be skipped before the run stops, ``where`` the
+    dotted key of ``config`` for messages. Raises ConfigError for a configured group that is not trained.
     """
 
     def __init__(
@@ -138,9 +138,10 @@ class Optimization:
         total_updates: int,
         *,
         max_skipped: int,
+        where: str = "optimizer",
     ) -> None:
         groups = {name: list(parameters_by_group[name]) for name in sorted(parameters_by_group) if len(parameters_by_group[name])}
-        _check_groups(config, groups)
+        _check_groups(config, groups, where)
         self._config = config
         self._max_skipped = max_skipped
         self._named = {f"{group}/{i}": p for group, parameters in groups.items() for i, p in enumerate(parameters)}
@@ -316,13 +317,13 @@ def _groups_text(named: Mapping[str, nn.Parameter]) -> str:
     return ", ".join(f"{group} ({count} parameters)" for group, count in counts.items())
 
 
-def _check_groups(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
+def _check_groups(config: OptimizerConfig, groups: Mapping[str, Sequence[nn.Parameter]], where: str) -> None:
     if not groups:
         raise ConfigError("the policy trains no parameters; set its train option to one that does")
     unknown = [name for name, own in config.groups.items() if own is not None and name not in groups]
     if unknown:
         raise ConfigError(
-            f"optimizer.groups.{unknown[0]} configures a group the policy does not train; it trains: {', '.join(groups)}"
+            f"{where}.groups.{unknown[0]} configures a group the policy does not train; it trains: {', '.join(groups)}"
         )
     owner: dict[int, str] = {}
     for name, parameters in groups.items():

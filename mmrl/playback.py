@@ -15,8 +15,8 @@ from rich.table import Table
 from mmrl import checkpoint, metrics
 from mmrl.building import build_environment, build_policy, choose_device, exclusive, load_weights
 from mmrl.component import Component
-from mmrl.config import RunConfig, StageConfig, load
-from mmrl.errors import CheckpointError, TrainingError
+from mmrl.config import MeasuringConfig, RunConfig, StageConfig, load
+from mmrl.errors import CheckpointError, ConfigError, TrainingError
 from mmrl.evaluation import TOOL_RATES, EvaluationResult, evaluate, slots_of
 from mmrl.optim import Optimization
 from mmrl.playing import stage_reel
@@ -24,6 +24,7 @@ from mmrl.progress import Progress
 from mmrl.seeding import configure_torch
 
 LABEL = "evaluate"
+_READ = ("seed", "device", "threads", "tensorboard", "policy", "environment")  # of a run's configuration, beside its evaluation
 
 
 class Loaded(NamedTuple):
@@ -60,6 +61,22 @@ def load_policy(run_dir: Path, config: RunConfig, device: torch.device, componen
     return Loaded(policy, stage, int(meta["iteration"]), warning)
 
 
+def overridden_keys(overrides: Sequence[str]) -> list[str]:
+    return [override.partition("=")[0].strip() for override in overrides]
+
+
+def refuse_unread(path: Path, overrides: Sequence[str], own: Sequence[str], stage: str) -> None:
+    """Raise ConfigError for a change to the run's configuration ``path`` that measuring its ``stage`` would not notice.
+
+    own: the keys that are read beside those of the stage and of ``evaluation``.
+    """
+    of_evaluation = [f"evaluation.{name}" for name in MeasuringConfig.model_fields]
+    read = [*own, *of_evaluation, f"stages.{stage}.policy", f"stages.{stage}.environment"]
+    for key in overridden_keys(overrides):
+        if key != "evaluation" and not any(key == one or key.startswith(f"{one}.") for one in read):
+            raise ConfigError(f"{path}: '{key}' is for training; evaluating reads only {', '.join(read)}")
+
+
 def evaluate_run(run_dir: Path, overrides: Sequence[str], episodes: int | None, progress: Progress) -> None:
     """Play the run's policy on its evaluation episodes and print a table of success (95 % intervals) and return per family.
 
@@ -71,6 +88,7 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], episodes: int | None, 
     configure_torch(config.threads, deterministic=False)
     device = choose_device(config.device)
     policy, stage, iteration, warning = load_policy(run_dir, config, device)
+    refuse_unread(run_dir / "config.yaml", overrides, _READ, stage.name)
     if warning:
         progress.note(warning)
     settings = config.evaluation if episodes is None else config.evaluation.model_copy(update={"episodes": episodes})

@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,8 @@ from mmrl.errors import RegistryError
 PACKAGES = ("mmrl", "policies", "simulators", "tools")
 DISTRIBUTION = "mmrl-framework"
 ROOT = Path(__file__).resolve().parents[1]
+NEAR = 0.7  # how much alike a name must be that someone may have meant: 'GPRO' and 'GRPO' are 0.75, 'save' and 'stages' 0.6
+GUESS = 0.6  # the same for a model, which cannot look anything up
 _TARGET = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)")
 
 
@@ -57,13 +59,27 @@ def find(target: str, offered: Callable[[dict[str, Any]], Iterable[str]]) -> Any
     return found
 
 
-def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: its nearest neighbour, else everything known."""
-    known = sorted(known)
-    near = get_close_matches(wrong, known, n=1)
-    if near:
-        return f"; did you mean '{near[0]}'?"
+def did_you_mean(wrong: str, known: Iterable[str], near: float = NEAR) -> str:
+    """The end of a sentence about an unknown name: its ``nearest`` neighbour, else everything known."""
+    known = sorted(set(known))
+    meant = nearest(wrong, known, near)
+    if meant is not None:
+        return f"; did you mean '{meant}'?"
     return f"; known are {', '.join(known)}" if known else ""
+
+
+def nearest(wrong: str, known: Sequence[str], near: float = NEAR) -> str | None:
+    """The known name that ``wrong`` is likely to mean; None where there is none.
+
+    near: how much alike they must be, from 0 to 1: difflib's ratio. Names of as many parts, between dots and underscores,
+    must be alike part by part, as what they have in common says nothing of the rest.
+    """
+
+    def alike(name: str) -> bool:
+        ours, theirs = re.split(r"[._]", wrong), re.split(r"[._]", name)
+        return len(ours) != len(theirs) or all(get_close_matches(a, [b], cutoff=near) for a, b in zip(ours, theirs, strict=True))
+
+    return next(filter(alike, get_close_matches(wrong, known, n=max(len(known), 1), cutoff=near)), None)
 
 
 def _refuse_shadow(package: str) -> None:
@@ -87,7 +103,7 @@ def _import(target: str, module_name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing == module_name or module_name.startswith(f"{missing}."):
-            hint = did_you_mean(module_name, _modules(module_name.partition(".")[0]))
+            hint = did_you_mean(module_name, _candidates(module_name))
             raise RegistryError(f"target '{target}': there is no module '{module_name}'{hint}") from error
         if missing.partition(".")[0] in PACKAGES:
             raise RegistryError(f"target '{target}': {module_name} imports '{missing}', which does not exist") from error
@@ -117,6 +133,17 @@ def _requirements() -> list[str]:
 
 def _normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _candidates(wrong: str) -> list[str]:
+    """Every module of the package if one of them is near, else those beside it, in the nearest folder that has any."""
+    folder = wrong.rpartition(".")[0]
+    modules = _modules(wrong.partition(".")[0])
+    if nearest(wrong, modules) is not None:
+        return modules
+    while folder and not any(module.rpartition(".")[0] == folder for module in modules):
+        folder = folder.rpartition(".")[0]
+    return [module for module in modules if module.rpartition(".")[0] == folder]
 
 
 def _modules(package: str) -> list[str]:

@@ -19,7 +19,6 @@ is no longer among the rollout's episodes.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -28,7 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from torch import Tensor
 
-from mmrl.component import Component, Problem, Problems, validate
+from mmrl.component import Component, Problem, Problems, class_name, validate
 from mmrl.errors import TrainingError
 from mmrl.protocols import TurnReward
 from mmrl.rewards.pictures import number
@@ -68,7 +67,7 @@ class RewardBlock(Component):
         try:
             component = Component.parse(fields)
             _refuse_others(component)
-            head.setdefault("name", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", component.cls.__name__).lower())
+            head.setdefault("name", class_name(component.target))
         except Problems as error:
             wrong += error.items
             head.setdefault("name", "unnamed")

@@ -118,11 +118,21 @@ class Run:
         try:
             policy = stage.run()
             for index in range(first + 1, len(stages)):
-                policy = Stage(self, index, policy, None).run()
+                policy = self._next(index, policy).run()
             _save_policy(policy, self.dir / "policy")
         finally:
             self.metrics.close()
         return self.dir
+
+    def _next(self, index: int, policy: Any) -> Stage:
+        """A stage after the first: where its configuration does not fit, what was trained before it must not be lost."""
+        try:
+            return Stage(self, index, policy, None)
+        except ConfigError as error:
+            config = self.dir / "config.yaml"
+            raise ConfigError(
+                f"{error}; the stages before are saved: mend {config}, then go on with --resume {self.dir}"
+            ) from error
 
     def save(self, sections: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
         self.saves += 1

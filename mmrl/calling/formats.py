@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass
 from mmrl.calling.results import short
 from mmrl.calling.schema import SHORT, full_stop
 from mmrl.messages import ToolCall, ToolSchema, encodable
-from mmrl.registry import did_you_mean
+from mmrl.registry import GUESS, did_you_mean
 
 
 @plain_dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _call(call: Any) -> ToolCall:
         raise _Refused(f"must be a JSON object with name and arguments, not {_kind(call)}")
     for key in call:
         if key not in _KEYS:
-            raise _Refused(f"has an unknown key '{key[:40]}'{did_you_mean(key, _KEYS)}")
+            raise _Refused(f"has an unknown key '{key[:40]}'{did_you_mean(key, _KEYS, GUESS)}")
     missing = [key for key in _KEYS if key not in call]
     if missing:
         raise _Refused(f"lacks the key '{missing[0]}'")

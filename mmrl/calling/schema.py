@@ -19,7 +19,7 @@ from mmrl.calling.results import short
 from mmrl.component import Problems, validate
 from mmrl.errors import ConfigError
 from mmrl.messages import ToolSchema
-from mmrl.registry import did_you_mean
+from mmrl.registry import GUESS, did_you_mean
 
 SHORT = 200  # characters of what is said about an argument, which holds its value
 HIDDEN = "ctx"  # the parameter that takes the ToolContext
@@ -196,7 +196,7 @@ def _checked(name: str, kind: type, arguments: Mapping[str, Any]) -> dict[str, A
 def _named(schema: ToolSchema, arguments: Mapping[str, Any]) -> dict[str, Any]:
     known = schema.parameters.get("properties", {})
     closed = not schema.parameters.get("additionalProperties")
-    wrong = [f"unknown argument '{key}'{did_you_mean(key, known)}" for key in arguments if closed and key not in known]
+    wrong = [f"unknown argument '{key}'{did_you_mean(key, known, GUESS)}" for key in arguments if closed and key not in known]
     wrong += [f"'{key}' is missing" for key in schema.parameters.get("required", ()) if key not in arguments]
     if wrong:
         raise _bad(schema.name, wrong)

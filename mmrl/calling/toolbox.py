@@ -20,7 +20,7 @@ from mmrl.calling.schema import HIDDEN, BadArguments, checker, describe, full_st
 from mmrl.calling.timed import Timed, Workers
 from mmrl.errors import ConfigError
 from mmrl.messages import Picture, ToolCall, ToolContext, ToolError, ToolResult, ToolSchema
-from mmrl.registry import did_you_mean
+from mmrl.registry import GUESS, did_you_mean
 
 ErrorKind = Literal[
     "malformed", "unknown_tool", "bad_arguments", "tool_error", "exception", "timeout", "not_started", "too_many_calls"
@@ -150,7 +150,7 @@ class Toolbox:
             return _failed("malformed", call.sentence)
         offer = self._offers.get(call.name)
         if offer is None:
-            hint = did_you_mean(call.name, self._offers)
+            hint = did_you_mean(call.name, self._offers, GUESS)
             return _failed("unknown_tool", full_stop(f"There is no tool '{short(call.name, SHORT)}'{hint}"))
         try:
             return _Job(index, offer, offer.check(call.arguments), context)

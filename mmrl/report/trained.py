@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from mmrl.component import class_name, merge
+from mmrl.errors import ConfigError
 
 
 def trained_scores(config: Mapping[str, Any]) -> frozenset[str] | None:
@@ -24,13 +26,21 @@ def trained_scores(config: Mapping[str, Any]) -> frozenset[str] | None:
 
 def _of_stage(stage: Mapping[str, Any], own: list[Mapping[str, Any]]) -> Iterator[str]:
     changed, scoring = stage.get("environment"), stage.get("scoring")
-    paid = _blocks(changed) if isinstance(changed, Mapping) and "rewards" in changed else own
+    paid = _changed(own, changed["rewards"]) if isinstance(changed, Mapping) and "rewards" in changed else own
     of_stage = _blocks(stage)
     if not of_stage or (isinstance(scoring, Mapping) and scoring.get("environment")):
         yield from _weighted(paid)
     for block in of_stage:
         if block.get("weight", 1.0):
             yield str(block.get("score", _name(block)))
+
+
+def _changed(own: list[Mapping[str, Any]], changes: Any) -> list[Mapping[str, Any]]:
+    """The environment's rewards as a stage has them: others, or some of them changed by name."""
+    try:
+        return _blocks({"rewards": merge(own, changes)})
+    except ConfigError:  # a run's own configuration would have been refused
+        return own
 
 
 def _blocks(holder: Any) -> list[Mapping[str, Any]]:
@@ -44,5 +54,4 @@ def _weighted(blocks: list[Mapping[str, Any]]) -> list[str]:
 
 def _name(block: Mapping[str, Any]) -> str:
     """As ``mmrl.rewarding.RewardBlock`` names it."""
-    made = str(block.get("target", "")).rpartition(":")[2]
-    return str(block.get("name", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", made).lower()))
+    return str(block.get("name", class_name(str(block.get("target", "")))))

@@ -30,6 +30,7 @@ stages: [{name: warm, algorithm: {target: "fake:Thing"}, iterations: 3}]
 
 class Thing:
     needs: frozenset[str] = frozenset()
+    act = reset = None
 
     @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
     class Config:

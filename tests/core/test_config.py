@@ -34,7 +34,7 @@ class Head:
 class Robot:
     """A policy that has everything, unless its sampler is 'ode'."""
 
-    evaluate = pack = value = supervised_loss = None
+    act = evaluate = pack = value = supervised_loss = None
 
     @dataclass(frozen=True, config=STRICT)
     class Config:
@@ -57,17 +57,21 @@ class Robot:
 class Imitator:
     """A policy without likelihood or critic."""
 
-    supervised_loss = None
+    act = supervised_loss = None
     Config = Head.Config
 
 
 class World:
+    reset = None
+
     @dataclass(frozen=True, config=STRICT)
     class Config:
         split: str = "train"
 
 
 class Data:
+    batch = None
+
     @dataclass(frozen=True, config=STRICT)
     class Config:
         episodes: int
@@ -157,6 +161,11 @@ def test_another_target_drops_the_fields_of_the_old_one(path: Path) -> None:
             "unknown key 'stages.improve.algorithm.group_sise'; did you mean 'group_size'?",
         ),
         ("policy.head={target: 'fake:Head', widht: 2}", "unknown key 'policy.head.widht'; did you mean 'width'?"),
+        (
+            "save={every: 3}",
+            "unknown key 'save'; known are checkpoint, device, environment, evaluation, name, output, policy, seed, stages, "
+            "tensorboard, threads",
+        ),
         ("polic.x=1", "unknown key 'polic'; did you mean 'policy'?"),
         ("stages.improv.iterations=1", "unknown key 'stages.improv'; did you mean 'improve'?"),
         ("stages.2.iterations=1", "unknown key 'stages.2'; known are improve, warm"),
@@ -173,6 +182,28 @@ def test_another_target_drops_the_fields_of_the_old_one(path: Path) -> None:
         (
             "stages.improve.supervised.weight=x",
             "'stages.improve.supervised.weight' must be a number or a list, got 'x'",
+        ),
+        (
+            "stages.improve.supervised.weight=-1",
+            "'stages.improve.supervised.weight' must be greater than or equal to 0 or a list, got -1",
+        ),
+        ("name=a b", r"'name' must match pattern '^[A-Za-z0-9_][\w.-]*$', got 'a b'"),
+        ("policy={target: 'fake:Head'}", "'policy.target' is fake:Head, which is no policy (it has no 'act')"),
+        (
+            "environment={target: 'fake:Data', episodes: 1}",
+            "'environment.target' is fake:Data, which is no environment (it has no 'reset')",
+        ),
+        (
+            "stages.improve.algorithm={target: 'fake:World'}",
+            "'stages.improve.algorithm.target' is fake:World, which is no algorithm (it has no 'needs')",
+        ),
+        (
+            "stages.warm.data={target: 'fake:World'}",
+            "'stages.warm.data.target' is fake:World, which is no source of examples (it has no 'batch')",
+        ),
+        (
+            "stages.improve.supervised.data={target: 'fake:World'}",
+            "'stages.improve.supervised.data.target' is fake:World, which is no source of examples (it has no 'batch')",
         ),
         ("device=cdua", "'device': 'cdua' is no torch device; write auto, cpu, cuda or cuda:1"),
         ("name=???", "'name' is '???', which asks for a value; give one with name=..."),
@@ -263,6 +294,37 @@ def test_any_value_survives_dump_and_load(path: Path, lr: float, folder: str, ex
     path.write_text(config.dump(run))
     assert config.load(path) == run
     assert run.stages[0].optimizer.lr == lr and run.policy.config.extras == extras
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "+12e-3", "1.e3", "1_0E3", "a ${seed} b", r"\${seed}", r"\\${x", "1.5", "null", "0x1f", "on", "x"]
+)
+def test_a_text_that_looks_like_something_else_survives_dump_and_load(path: Path, text: str) -> None:
+    run = config.load(path).model_copy(update={"output": text})
+    for written in (config.dump(run), describe(run)):
+        path.write_text(written)
+        assert config.load(path).output == text
+
+
+REWARDS = """
+rewards:
+  - {target: "mmrl.rewards.pick_score:PickScore", weight: 1}
+  - {target: "mmrl.rewards.clip_score:ClipScore", name: watch, weight: 0}
+  - {target: "mmrl.rewards.form:Form"}
+  - {target: "mmrl.rewards.form:Form"}
+"""
+
+
+def test_an_item_of_a_list_is_addressed_by_its_name_or_its_class_or_its_place() -> None:
+    blocks = yaml.safe_load(REWARDS)
+    changes = {"pick_score": {"weight": 2}, "watch": {"weight": 3}, "3": {"weight": 4}}
+    changed = component.merge(blocks, {"rewards": changes})["rewards"]
+    assert [block.get("weight") for block in changed] == [2, 3, None, 4]
+    assert [block["target"] for block in changed] == [block["target"] for block in blocks["rewards"]]
+    with pytest.raises(ConfigError, match=r"unknown key 'rewards\.clip_score'; known are form, pick_score, watch$"):
+        component.merge(blocks, {"rewards": {"clip_score": {"weight": 1}}})
+    with pytest.raises(ConfigError, match=r"'rewards\.form' may mean any of 2 items; address one by its place, 2, 3$"):
+        component.merge(blocks, {"rewards": {"form": {"weight": 1}}})
 
 
 def test_base_is_read_first_and_stages_may_be_named(path: Path, tmp_path: Path) -> None:

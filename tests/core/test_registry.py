@@ -28,6 +28,12 @@ def test_a_target_leads_to_its_class() -> None:
         ("mmrl.observation:Observatoin", "mmrl.observation has no 'Observatoin'; did you mean 'Observation'?"),
         ("mmrl.algorithms.grpo:GPRO", "mmrl.algorithms.grpo has no 'GPRO'; did you mean 'GRPO'?"),
         ("mmrl.algorithm.grpo:GRPO", "there is no module 'mmrl.algorithm.grpo'; did you mean 'mmrl.algorithms.grpo'?"),
+        ("mmrl.algorithms.trpo:TRPO", "there is no module 'mmrl.algorithms.trpo'; did you mean 'mmrl.algorithms.grpo'?"),
+        (
+            "simulators.nope:Nope",
+            "there is no module 'simulators.nope'; known are simulators.gymnasium, simulators.image_prompts, simulators.libero, "
+            "simulators.maniskill, simulators.prompts, simulators.tabletop",
+        ),
         ("mmrl.config:load", "is a function, but a component is a class"),
     ],
 )
@@ -36,6 +42,22 @@ def test_each_mistake_has_its_sentence(target: str, end: str) -> None:
         resolve(target)
     assert str(error.value).endswith(end)
     assert repr(target) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "known", "end"),
+    [
+        ("save", ["checkpoint", "stages", "seed"], "; known are checkpoint, seed, stages"),
+        ("checkpoints", ["checkpoint", "stages", "seed"], "; did you mean 'checkpoint'?"),
+        ("simulators.nope", ["simulators.libero"], "; known are simulators.libero"),
+        ("simulators.libro", ["simulators.libero", "simulators.nope"], "; did you mean 'simulators.libero'?"),
+        ("policies.qwen_vll", ["policies.pi0", "policies.qwen_vl"], "; did you mean 'policies.qwen_vl'?"),
+        ("clip_score", ["pick_score", "watch"], "; known are pick_score, watch"),
+        ("x", [], ""),
+    ],
+)
+def test_only_a_name_that_is_near_is_suggested(wrong: str, known: list[str], end: str) -> None:
+    assert registry.did_you_mean(wrong, known) == end
 
 
 def _resolve_elsewhere(folder: Path, target: str) -> str:

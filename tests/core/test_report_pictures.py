@@ -371,6 +371,9 @@ COLLECT: dict[str, Any] = {"collect": {"num_envs": 2}}
         ([{"data": {}}], None),  # imitation is paid for nothing
         ([COLLECT, COLLECT | {"environment": {"rewards": [BLUE | {"weight": -1.0}]}}], {"red_shade", "cold"}),
         ([COLLECT | {"environment": {"pass_mark": 2}}], {"red_shade"}),
+        ([COLLECT | {"environment": {"rewards": {"cold": {"weight": 0.5}}}}], {"red_shade", "cold"}),
+        ([COLLECT | {"environment": {"rewards": {"red_shade": {"weight": 0}, "cold": {"weight": 1}}}}], {"cold"}),
+        ([COLLECT | {"environment": {"rewards": {"nothing": {"weight": 0.5}}}}], {"red_shade"}),
         ([COLLECT | {"rewards": [{"target": "mmrl.rewards.scored:Scored", "score": "cold"}]}], {"cold"}),
         (
             [COLLECT | {"rewards": [{"target": "a:Scored", "score": "cold"}], "scoring": {"environment": 0.5}}],

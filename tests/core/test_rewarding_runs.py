@@ -230,7 +230,7 @@ def test_a_block_has_a_name_a_weight_and_its_class_s_fields(path: Path) -> None:
         (["rewards.spare.weight=.inf"], "'stages.improve.rewards.spare.weight' must be a finite number, got inf"),
         (["rewards.spare.free=-1"], "'stages.improve.rewards.spare.free' must be greater than or equal to 0, got -1"),
         (["rewards.sparse.weight=1"], "unknown key 'stages.improve.rewards.sparse'; did you mean 'spare'?"),
-        (["rewards.0.name='a b'"], "'stages.improve.rewards.a b.name' String should match pattern"),
+        (["rewards.0.name='a b'"], "'stages.improve.rewards.a b.name' must match pattern"),
         (["rewards=[{weight: 1.0}]"], "'stages.improve.rewards.0.target' is missing"),
         (["rewards=[3]"], "'stages.improve.rewards.0' must be a mapping with a 'target', got 3"),
         (["rewards=3"], "'stages.improve.rewards' must be a list, got 3"),

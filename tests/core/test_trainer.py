@@ -306,7 +306,10 @@ LATE = {
     "weights of another shape": (["stages.warm_start.policy={critic: null}"], "stages.improve.policy"),
     "instructions that do not fit": (["policy.max_text_tokens=2"], "policy.max_text_tokens = 2"),
     "a device that is not there": (["device=cuda:99"], "'device' is 'cuda:99', which cannot be used here"),
-    "groups nobody trains": (["stages.warm_start.optimizer.groups={nobody: {lr: 1.0}}"], "optimizer.groups.nobody"),
+    "groups nobody trains": (
+        ["stages.warm_start.optimizer.groups={nobody: {lr: 1.0}}"],
+        "^stages.warm_start.optimizer.groups.nobody configures a group",
+    ),
 }
 
 
@@ -319,6 +322,28 @@ def test_what_only_building_can_tell_ends_in_a_sentence(case: str, tiny: Path) -
     assert "\n" not in str(caught.value)
     # Nothing is left of a run that never began; one that got to its second stage keeps what it has.
     assert run_dir.exists() == ("stages.improve" in key or "collect" in key)
+
+
+def test_a_later_stage_that_is_refused_says_how_the_run_goes_on(tiny: Path) -> None:
+    run_dir = tiny.parent / "runs" / "mended"
+    with pytest.raises(ConfigError, match=r"^stages\.improve\.optimizer\.groups\.nobody configures") as caught:
+        train(load(tiny, ["stages.improve.optimizer.groups={nobody: {lr: 1.0}}"]), run_dir, Quiet())
+    assert str(caught.value).endswith(f"mend {run_dir / 'config.yaml'}, then go on with --resume {run_dir}")
+    mended = load(run_dir / "config.yaml", ["stages.improve.optimizer.groups.nobody=null", "stages.improve.iterations=1"])
+    (run_dir / "config.yaml").write_text(config.dump(mended))
+    resume(run_dir, Quiet())
+    trained = [(row["stage"], row["iteration"]) for row in tiny_run.rows(run_dir) if row["kind"] == "train"]
+    assert trained == [("warm_start", 1), ("warm_start", 2), ("improve", 1)]
+
+
+def test_a_change_that_measuring_a_run_would_not_notice_is_refused(tiny: Path) -> None:
+    run_dir = tiny_run.run(tiny, "measured", "stages.warm_start.iterations=1", "stages.improve.iterations=1")
+    unread = r"config\.yaml: 'stages\.improve\.optimizer\.lr' is for training; evaluating reads only seed, .*\.improve\.policy"
+    with pytest.raises(ConfigError, match=unread):
+        playback.evaluate_run(run_dir, ["evaluation.num_envs=2", "stages.improve.optimizer.lr=1.0"], 2, Quiet())
+    assert tiny_run.rows(run_dir)[-1]["label"] == "after"
+    playback.evaluate_run(run_dir, ["evaluation.num_envs=2", "stages.improve.environment.reward=sparse"], 2, Quiet())
+    assert tiny_run.rows(run_dir)[-1]["label"] == "evaluate"
 
 
 def test_only_one_process_trains_a_run(runs: dict[str, Path]) -> None:

@@ -447,8 +447,8 @@ CORE: tuple[Row, ...] = (
     (
         "trainer: a stage starts from the base again",
         "mmrl/trainer.py",
-        "policy = Stage(self, index, policy, None).run()",
-        "policy = Stage(self, index, None, None).run()",
+        "return Stage(self, index, policy, None)",
+        "return Stage(self, index, None, None)",
         "tests/core/test_trainer.py::test_training_changes_what_it_should_and_nothing_else tests/core/test_trainer.py::test_the_version_counts_updates_over_all_stages",
     ),
     (
