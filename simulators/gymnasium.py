@@ -7,6 +7,7 @@ itself at the step after its end; what it shows from then on is ignored until th
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Mapping
 from dataclasses import field
 from functools import partial
@@ -221,9 +222,10 @@ def _is_image(space: Space) -> bool:
     return isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[2] == 3
 
 
-def _make(config: Gymnasium.Config) -> gymnasium.Env:
-    if config.vectorization == "async" and (parent := multiprocessing.parent_process()) is not None:
-        die_with_the_parent(parent.pid)  # gymnasium's own would stay if it hung
+def _make(config: Gymnasium.Config, builder: int) -> gymnasium.Env:
+    """``builder``: the id of the process that holds the vector of environments."""
+    if os.getpid() != builder:  # in a process of gymnasium's own, which would stay if it hung
+        die_with_the_parent(builder)
     arguments: dict[str, Any] = {"render_mode": "rgb_array"} if config.render else {}
     arguments |= {} if config.max_steps is None else {"max_episode_steps": config.max_steps}
     environment = gymnasium.make(config.id, **{**config.kwargs, **arguments})
@@ -232,7 +234,7 @@ def _make(config: Gymnasium.Config) -> gymnasium.Env:
 
 def _make_vector(config: Gymnasium.Config, num_envs: int) -> Any:
     try:
-        vector = _VECTORS[config.vectorization]([partial(_make, config)] * num_envs, copy=False)
+        vector = _VECTORS[config.vectorization]([partial(_make, config, os.getpid())] * num_envs, copy=False)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise MMRLError(f"environment.id = {config.id}: {' '.join(str(error).split())}") from error
     except (TypeError, ValueError, NotImplementedError) as error:

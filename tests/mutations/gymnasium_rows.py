@@ -152,7 +152,7 @@ GYMNASIUM: tuple[Row, ...] = (
     (
         "gymnasium: a process that hangs outlives the run",
         "simulators/gymnasium.py",
-        "        die_with_the_parent(parent.pid)",
+        "        die_with_the_parent(builder)",
         "        pass",
         "tests/simulators/test_gymnasium.py::test_no_process_outlives_the_run_even_if_it_hangs",
     ),
