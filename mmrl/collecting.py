@@ -80,7 +80,7 @@ def collect(config: CollectionConfig, progress: Progress) -> Path:
     try:
         act = _actor(config, environment, device)
         with sink, progress.task("collecting", config.episodes) as advance:
-            for episode in _wanted(config, environment, act):
+            for episode in _wanted(config, environment, act, device):
                 sink.add(episode)
                 advance(1)
             sink.finish()
@@ -106,11 +106,11 @@ def _actor(config: CollectionConfig, environment: Environment, device: torch.dev
     return lambda observation, task_ids_B, decision: expert.expert_action()[:, None]
 
 
-def _wanted(config: CollectionConfig, environment: Environment, act: Act) -> Iterator[Episode]:
+def _wanted(config: CollectionConfig, environment: Environment, act: Act, device: torch.device) -> Iterator[Episode]:
     """``config.episodes`` episodes, in the order of their task ids."""
     task, found, failures = config.first_task, 0, 0
     while found < config.episodes:
-        task_ids_B = torch.arange(task, task + environment.num_envs)
+        task_ids_B = torch.arange(task, task + environment.num_envs, device=device)
         task += environment.num_envs
         for episode in play(environment, act, task_ids_B):
             failures = 0 if episode.success else failures + 1
@@ -125,10 +125,13 @@ def _wanted(config: CollectionConfig, environment: Environment, act: Act) -> Ite
 
 @torch.no_grad()
 def play(environment: Environment, act: Act, task_ids_B: Tensor) -> list[Episode]:
-    """One episode per slot, whole. Chunks are executed one action at a time, so that every moment is seen."""
+    """One episode per slot, whole. Chunks are executed one action at a time, so that every moment is seen.
+
+    An episode that the simulator lost is left out.
+    """
     observation, moments = environment.reset(task_ids_B), []
     running_B = torch.ones(environment.num_envs, dtype=torch.bool)
-    success_B, terminated_B = torch.zeros_like(running_B), torch.zeros_like(running_B)
+    success_B, terminated_B, lost_B = (torch.zeros_like(running_B) for _ in range(3))
     for decision in count():
         if not bool(running_B.any()):
             break
@@ -140,10 +143,11 @@ def play(environment: Environment, act: Act, task_ids_B: Tensor) -> list[Episode
             )
             success_B = torch.where(running_B, (step.metrics["success"] > 0.5).cpu(), success_B)
             terminated_B = torch.where(running_B, step.terminated_B.cpu(), terminated_B)
+            lost_B |= running_B & step.lost_B.cpu()
             running_B = running_B & ~step.done_B.cpu()
             observation = step.observation
     ends = zip(task_ids_B.tolist(), success_B.tolist(), terminated_B.tolist(), strict=True)
-    return [_episode(moments, slot, *end) for slot, end in enumerate(ends)]
+    return [_episode(moments, slot, *end) for slot, end in enumerate(ends) if not bool(lost_B[slot])]
 
 
 def _episode(moments: list[_Moment], slot: int, task_id: int, success: bool, terminated: bool) -> Episode:

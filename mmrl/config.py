@@ -380,7 +380,7 @@ def _capabilities(config: RunConfig, stage: StageConfig) -> Iterator[str]:
     wants = [(f"'stages.{stage.name}.algorithm' ({stage.algorithm.target})", need) for need in sorted(_needs(stage))]
     if stage.supervised is not None:
         wants.append((f"'stages.{stage.name}.supervised'", "examples"))
-    lacks = _lacks(config.policy, stage.policy)
+    lacks = lacks_of(config.policy, stage.policy)
     for who, need in wants:
         missing = [name for name in _CAPABILITIES.get(need, ()) if not hasattr(config.policy.cls, name)]
         if missing:
@@ -391,7 +391,7 @@ def _capabilities(config: RunConfig, stage: StageConfig) -> Iterator[str]:
             yield f"{who} needs {_NOUNS[need]}, but '{key}' {reason}"
 
 
-def _lacks(policy: Component, changes: dict[str, Any]) -> dict[str, tuple[str, str]]:
+def lacks_of(policy: Component, changes: dict[str, Any]) -> dict[str, tuple[str, str]]:
     if not hasattr(policy.cls, "lacks"):
         return {}
     try:

@@ -24,6 +24,7 @@ import torch
 from mmrl.registry import ROOT, install_command
 
 _TIMEOUT = 180.0  # seconds; vLLM alone takes half a minute to import
+_SIMULATING = 600.0  # seconds; LIBERO takes minutes on a busy machine
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -132,7 +133,7 @@ def chromium_path() -> str | None:
 
 
 def _simulator(name: str, module: str) -> Capability:
-    ok, detail = _ask("mmrl.simulator_probe", module)
+    ok, detail = _ask("mmrl.simulator_probe", module, timeout=_SIMULATING)
     missing = re.fullmatch(r"No module named '(\w+)[\w.]*'", detail)
     remedy = install_command(missing[1]) if missing else f"python -m mmrl.simulator_probe {module}"
     return Capability(f"simulator {name}", ok, detail, "" if ok else remedy)
@@ -142,10 +143,10 @@ def _probe(name: str, argument: str = "") -> tuple[bool, str]:
     return _ask("mmrl.probes", name, argument)
 
 
-def _ask(*arguments: str) -> tuple[bool, str]:
+def _ask(*arguments: str, timeout: float = _TIMEOUT) -> tuple[bool, str]:
     """Whether a probe (a module and its arguments) succeeds, and its sentence."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ok, output = _run([sys.executable, "-m", *arguments], env={**os.environ, "PYTHONPATH": path})
+    ok, output = _run([sys.executable, "-m", *arguments], timeout=timeout, env={**os.environ, "PYTHONPATH": path})
     try:
         outcome = json.loads(output.splitlines()[-1])
         return bool(outcome["ok"]), str(outcome["detail"])

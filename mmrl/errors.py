@@ -30,6 +30,19 @@ class TrainingError(MMRLError):
     """A run cannot go on (updates that are not finite, a disk that is full, an empty rollout)."""
 
 
+class ActionError(MMRLError, ValueError):
+    """Actions are not those of the environment: the policy was built for another one."""
+
+
+def refuse_other_actions(shape: tuple[int, ...], num_envs: int, dim: int) -> None:
+    """Raise ActionError unless ``shape`` is that of C actions of ``dim`` numbers in each slot, (num_envs, C, dim)."""
+    if len(shape) != 3 or (shape[0], shape[2]) != (num_envs, dim):
+        raise ActionError(
+            f"step needs actions of shape ({num_envs}, C, {dim}), but got {shape}; give the policy as many numbers in an action "
+            f"as the environment takes, {dim} ('policy.action_dim', or 'policy.choices' of an MLP)"
+        )
+
+
 class EnvironmentMissing(MMRLError):
     """Something outside this project is not installed.
 

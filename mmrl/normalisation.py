@@ -12,12 +12,13 @@ import torch
 from mmrl.building import build_environment, choose_device
 from mmrl.checkpoint import atomic_write_text
 from mmrl.component import Component
-from mmrl.config import RunConfig, StageConfig, load
+from mmrl.config import RunConfig, StageConfig, lacks_of, load
 from mmrl.errors import ConfigError
 from mmrl.progress import Progress
 from mmrl.protocols import DataContext, StatisticsSource
 
 FILE = "statistics.json"
+_NEED = "statistics of data"  # what a policy lacks that sees other numbers than a data set holds
 SET = "mmrl.data.lerobot:LeRobot"  # what a folder is taken for
 
 
@@ -58,6 +59,8 @@ def _of_run(file: Path, overrides: Sequence[str], name: str | None) -> Statistic
         raise ConfigError(
             f"{file}: '{key}' is {component.target}, whose frames are made as they are needed; statistics are for stored data"
         )
+    if told := lacks_of(config.policy, stage.policy).get(_NEED):
+        raise ConfigError(f"{file}: 'policy.{told[0]}' {told[1]}")
     device = choose_device(config.device)
 
     def environment(num_envs: int, changes: Any) -> Any:

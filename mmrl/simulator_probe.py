@@ -30,22 +30,22 @@ def _is_environment(value: type, module_name: str) -> bool:
 
 def _steps_per_second(target: str) -> str:
     """Timed with as many environments as a person would run: one where each is a process, and many where they are cheap."""
-    seconds, cameras = _time(target, 1, _SLOW)
-    envs = 1 if seconds > _SLOW else _ENVS
-    seconds, cameras = _time(target, envs, _SECONDS)
+    envs, (seconds, cameras) = 1, _time(target, 1)
+    if seconds <= _SLOW:  # a slow one may take minutes to build, and is not built again
+        envs, (seconds, cameras) = _ENVS, _time(target, _ENVS)
     rate = envs / seconds
     return f"{rate:,.{0 if rate >= 10 else 1}f} steps/s at {envs} environment{'s' * (envs > 1)} ({cameras or 'no camera'})"
 
 
-def _time(target: str, envs: int, budget: float) -> tuple[float, str]:
-    """Seconds of a step of all environments, measured for at least ``budget`` seconds, and what their cameras show."""
+def _time(target: str, envs: int) -> tuple[float, str]:
+    """Seconds of a step of all environments, measured for at least _SECONDS, and what their cameras show."""
     environment = Component.parse({"target": target}).build(num_envs=envs, device=torch.device("cpu"))
     try:
         observation = environment.reset(torch.arange(envs))
         actions = torch.zeros(envs, 1, environment.action_spec.dim)
         environment.step(actions)
         start, steps = time.perf_counter(), 0
-        while steps == 0 or time.perf_counter() - start < budget:
+        while steps == 0 or time.perf_counter() - start < _SECONDS:
             environment.step(actions)
             steps += 1
         seconds = (time.perf_counter() - start) / steps

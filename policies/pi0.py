@@ -63,6 +63,9 @@ class Pi0(nn.Module):
             lacking["likelihood"] = ("sampler", "is 'ode', which draws nothing at random; use 'flow_sde', 'flow_noise' or 'cps'")
         if config.critic is None:
             lacking["critic"] = ("critic", "is null; give the policy one, or use grpo")
+        if config.adapter is not None and config.adapter.build().changes:
+            why = "makes other numbers of the data's; leave statistics.json out, and training takes them from its first examples"
+            lacking["statistics of data"] = ("adapter", why)
         return lacking
 
     def __init__(self, config: Options, *, device: torch.device) -> None:

@@ -6,6 +6,8 @@ itself at the step after its end; what it shows from then on is ignored until th
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Mapping
 from dataclasses import field
 from functools import partial
@@ -16,14 +18,16 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete, Space
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+from gymnasium.vector.async_vector_env import AsyncState
 from gymnasium.vector.utils import create_empty_array
 from gymnasium.wrappers import FlattenObservation
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from mmrl.errors import MMRLError
+from mmrl.errors import ActionError, MMRLError, refuse_other_actions
 from mmrl.types import ActionSpec, Observation, Step
+from mmrl.workers.process import die_with_the_parent
 
 CAMERA = "camera"  # the name of an image observation
 _SUCCESS_KEYS = ("is_success", "success")  # where environments say in ``info`` whether the task is done
@@ -47,7 +51,10 @@ class Gymnasium:
         kwargs: dict[str, Any] = field(default_factory=dict)
         """Further arguments of gymnasium.make."""
         vectorization: Literal["sync", "async"] = "sync"
-        """sync: one environment after the other in this process; async: each in a process of its own, for slow ones."""
+        """sync: one environment after the other in this process; async: each in a process of its own, for slow ones. gymnasium
+        replaces none that dies: the run ends then. With collect.parts above 1 sync has processes too, which are replaced."""
+        time_limit: float = Field(default=120.0, gt=0)
+        """async: seconds that an action or a reset of all environments may take, before the run ends."""
         seed: int = Field(default=0, ge=0)
         """Another seed gives other episodes for the same task ids."""
         max_steps: int | None = Field(default=None, gt=0)
@@ -92,7 +99,7 @@ class Gymnasium:
         chosen_B = np.ones(self.num_envs, bool) if where_B is None else where_B.cpu().numpy().astype(bool)
         if chosen_B.any():
             seeds = [seed_of(task, self.config.seed) for task in task_ids_B.tolist()]
-            seen, _ = self._vector.reset(seed=seeds, options={"reset_mask": chosen_B.copy()})
+            seen, _ = self._ask("reset", seed=seeds, options={"reset_mask": chosen_B.copy()})
             self._seen[chosen_B] = seen[chosen_B]
             for state in (self._return_B, self._terminated_B, self._truncated_B, self._success_B):
                 state[chosen_B] = 0
@@ -100,9 +107,7 @@ class Gymnasium:
 
     def step(self, actions_BCA: Tensor) -> Step:
         """Execute C actions per slot. Slots that are done ignore actions. Raises ValueError for what is no action."""
-        if actions_BCA.dim() != 3 or actions_BCA.shape[::2] != (self.num_envs, self.action_spec.dim):
-            shape = f"({self.num_envs}, C, {self.action_spec.dim})"
-            raise ValueError(f"step needs actions of shape {shape}; got {tuple(actions_BCA.shape)}")
+        refuse_other_actions(tuple(actions_BCA.shape), self.num_envs, self.action_spec.dim)
         rewards, valid = [], []
         for action_BA in actions_BCA.detach().cpu().double().numpy().swapaxes(0, 1):
             alive_B = ~(self._terminated_B | self._truncated_B)
@@ -123,9 +128,29 @@ class Gymnasium:
     def close(self) -> None:
         self._vector.close()
 
+    def _ask(self, command: str, *arguments: Any, **options: Any) -> Any:
+        """What gymnasium's ``command`` (reset, step, call) gives. Raises MMRLError where a process of ``async`` died or hangs."""
+        vector = self._vector
+        if isinstance(vector, SyncVectorEnv):
+            return getattr(vector, command)(*arguments, **options)
+        try:
+            getattr(vector, f"{command}_async")(*arguments, **options)
+            return getattr(vector, f"{command}_wait")(timeout=self.config.time_limit)
+        except (EOFError, ConnectionError, multiprocessing.TimeoutError) as error:
+            for process in vector.processes:
+                process.kill()
+            vector._state = AsyncState.DEFAULT  # closing would wait for answers
+            vector.close(terminate=True)
+            hung = isinstance(error, multiprocessing.TimeoutError)
+            what = f"took more than {self.config.time_limit:g} seconds ('environment.time_limit')" if hung else "died"
+            raise MMRLError(
+                f"a process of {self.config.id} {what} in '{command}', and gymnasium replaces none; set "
+                "environment.vectorization to 'sync' and collect.parts to 2 or more for processes that are replaced"
+            ) from error
+
     def _advance(self, action_BA: np.ndarray, alive_B: np.ndarray) -> np.ndarray:
         """One action in every slot that is not done; the rewards [B]."""
-        seen, reward_B, terminated_B, truncated_B, info = self._vector.step(self._native(action_BA, alive_B))
+        seen, reward_B, terminated_B, truncated_B, info = self._ask("step", self._native(action_BA, alive_B))
         reward_B = np.where(alive_B, reward_B, 0.0)
         self._seen[alive_B] = seen[alive_B]
         self._return_B += reward_B
@@ -142,7 +167,10 @@ class Gymnasium:
             shape = (self.num_envs, *self._space.shape)
             return np.clip(action_BA, low_A, high_A).reshape(shape).astype(self._space.dtype)
         if ((action_BA < low_A) | (action_BA > high_A) | (action_BA != np.round(action_BA))).any():
-            raise ValueError(f"actions of {self.config.id} are whole numbers from {low_A.tolist()} to {high_A.tolist()}")
+            raise ActionError(
+                f"actions of {self.config.id} are whole numbers from {low_A.tolist()} to {high_A.tolist()}; give the policy "
+                "these choices ('policy.choices' of an MLP)"
+            )
         whole_BA = action_BA.astype(np.int64)
         return self._space.start + (whole_BA[:, 0] if isinstance(self._space, Discrete) else whole_BA)  # type: ignore[attr-defined]
 
@@ -168,7 +196,7 @@ class Gymnasium:
         if isinstance(self._vector, SyncVectorEnv):
             frames: Any = [self._vector.envs[i].render() for i in index_M.tolist()]
         else:
-            rendered = self._vector.call("render")
+            rendered = self._ask("call", "render")
             frames = [rendered[i] for i in index_M.tolist()]
         return torch.from_numpy(np.stack(frames))
 
@@ -194,7 +222,10 @@ def _is_image(space: Space) -> bool:
     return isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[2] == 3
 
 
-def _make(config: Gymnasium.Config) -> gymnasium.Env:
+def _make(config: Gymnasium.Config, builder: int) -> gymnasium.Env:
+    """``builder``: the id of the process that holds the vector of environments."""
+    if os.getpid() != builder:  # in a process of gymnasium's own, which would stay if it hung
+        die_with_the_parent(builder)
     arguments: dict[str, Any] = {"render_mode": "rgb_array"} if config.render else {}
     arguments |= {} if config.max_steps is None else {"max_episode_steps": config.max_steps}
     environment = gymnasium.make(config.id, **{**config.kwargs, **arguments})
@@ -203,7 +234,7 @@ def _make(config: Gymnasium.Config) -> gymnasium.Env:
 
 def _make_vector(config: Gymnasium.Config, num_envs: int) -> Any:
     try:
-        vector = _VECTORS[config.vectorization]([partial(_make, config)] * num_envs, copy=False)
+        vector = _VECTORS[config.vectorization]([partial(_make, config, os.getpid())] * num_envs, copy=False)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise MMRLError(f"environment.id = {config.id}: {' '.join(str(error).split())}") from error
     except (TypeError, ValueError, NotImplementedError) as error:

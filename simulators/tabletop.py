@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from mmrl.errors import refuse_other_actions
 from mmrl.numerics.hashing import salt
 from mmrl.types import ActionSpec, Observation, Step
 from simulators.tabletop_parts.domains import DOMAINS
@@ -130,9 +131,7 @@ class Tabletop:
 
     def step(self, actions_BCA: Tensor) -> Step:
         """Execute C actions per slot and look once, afterwards. Slots that are done ignore actions."""
-        if actions_BCA.dim() != 3 or actions_BCA.shape[::2] != (self.num_envs, ACTION_DIM):
-            shape = f"({self.num_envs}, C, {ACTION_DIM})"
-            raise ValueError(f"step needs actions of shape {shape}; got {tuple(actions_BCA.shape)}")
+        refuse_other_actions(tuple(actions_BCA.shape), self.num_envs, ACTION_DIM)
         actions_CAB = actions_BCA.detach().to(self.device, torch.float32).permute(1, 2, 0).contiguous()
         rewards, valid = [], []
         for action_AB in actions_CAB:

@@ -7,8 +7,9 @@ huggingface/lerobot, src/lerobot/datasets. Nothing here reads frames; see ``lero
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -48,6 +49,15 @@ class Feature:
         channels_first = isinstance(self.names, list) and str(self.names[0]).startswith("channel")
         height, width = self.shape[1:] if channels_first else self.shape[:2]
         return height, width
+
+    @staticmethod
+    def parse(key: str, described: Mapping[str, Any]) -> Feature:
+        """As info.json has it. Raises what ``_described`` understands where that is no feature."""
+        shape = tuple(int(size) for size in described["shape"])
+        feature = Feature(key, str(described["dtype"]), shape, described.get("names"))
+        if feature.is_camera and min(feature.image_size) < 1:
+            raise ValueError(f"{key} has the shape {list(shape)}")
+        return feature
 
 
 class Span(NamedTuple):
@@ -93,7 +103,7 @@ class DataSet:
             return self
         text = self.splits.get(episodes, episodes)
         first, colon, last = text.partition(":")
-        if not colon or not all(part == "" or part.isdigit() for part in (first, last)):
+        if not colon or not all(part == "" or part.isdecimal() for part in (first, last)):
             known = ", ".join(self.splits) or "none"
             raise DataError(f"{self.root}: {episodes!r} is no range such as '0:80', and no split (info.json has {known})")
         chosen = tuple(e for e in self.episodes if int(first or 0) <= e.index < (int(last) if last else e.index + 1))
@@ -124,11 +134,15 @@ def read(root: Path) -> DataSet:
     info_file = root / INFO
     if not info_file.is_file():
         raise DataError(f"{root}: is no LeRobot data set (it has no {INFO}); give the folder that holds meta/ and data/")
-    info = _json(info_file, info_file.read_text())
+    with reading(info_file):
+        text = info_file.read_text()
+    info = _json(info_file, text)
     with _described(info_file):
-        version = info["codebase_version"]
-        features = {key: Feature(key, f["dtype"], tuple(f["shape"]), f.get("names")) for key, f in info["features"].items()}
-        fps, splits = float(info["fps"]), dict(info.get("splits") or {})
+        version = str(info["codebase_version"])
+        features = {key: Feature.parse(key, described) for key, described in info["features"].items()}
+        fps, splits = float(info["fps"]), {name: str(part) for name, part in dict(info.get("splits") or {}).items()}
+        if not fps > 0:
+            raise ValueError(f"fps is {fps:g}")
     if version not in _LAYOUTS:
         raise DataError(f"{info_file}: the format is {version}, read are {' and '.join(_LAYOUTS)}; convert it with lerobot")
     layout = _LAYOUTS[version]
@@ -137,6 +151,8 @@ def read(root: Path) -> DataSet:
     data = DataSet(root, layout.one_episode_per_file, fps, features, layout.tasks(root), splits, episodes)
     if not data.episodes:
         raise DataError(f"{root}: holds no episode; record some")
+    if twice := [index for index, count in Counter(entry.index for entry in episodes).items() if count > 1]:
+        raise DataError(f"{root / 'meta'}: has {len(twice)} episodes more than once, such as episode {twice[0]}; {_COPY}")
     _refuse_missing_files(data)
     return data
 
@@ -157,14 +173,17 @@ def _tasks_v21(root: Path) -> dict[int, str]:
     file = root / "meta/tasks.jsonl"
     lines = _json_lines(file)
     with _described(file):
-        return {int(line["task_index"]): str(line["task"]) for line in lines}
+        return _sentences((line["task_index"], line["task"]) for line in lines)
 
 
 def _episodes_v21(root: Path, info: Mapping[str, Any], videos: list[str]) -> Iterator[Entry]:
     file = root / "meta/episodes.jsonl"
-    for line in sorted(_json_lines(file), key=lambda line: line.get("episode_index", -1)):
+    with _described(file):
+        lines = sorted(_json_lines(file), key=lambda line: int(line["episode_index"]))
+    for line in lines:
         with _described(file):
-            index, length = int(line["episode_index"]), int(line["length"])
+            index = int(line["episode_index"])
+            length = _length(index, line["length"])
             where = {"episode_chunk": index // int(info["chunks_size"]), "episode_index": index}
             spans = {key: Span(root / info["video_path"].format(video_key=key, **where), 0.0) for key in videos}
             success = None if line.get("success") is None else bool(line["success"])
@@ -179,7 +198,7 @@ def _tasks_v30(root: Path) -> dict[int, str]:
     table = read_table(file)
     with _described(file):
         text = next(name for name in (TASK_COLUMN, "task") if name in table.column_names)
-        return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
+        return _sentences(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
 
 
 def _episodes_v30(root: Path, info: Mapping[str, Any], videos: list[str]) -> Iterator[Entry]:
@@ -196,12 +215,19 @@ def _episodes_v30(root: Path, info: Mapping[str, Any], videos: list[str]) -> Ite
         with _described(file):
             spans = {key: _span_v30(root, info, key, row) for key in videos}
             success = None if row.get("success") is None else bool(row["success"])
-            yield Entry(int(row["episode_index"]), int(row["length"]), data, first - starts[data], spans, success)
+            index = int(row["episode_index"])
+            length = _length(index, row["length"])
+            if length != (rows_there := int(row["dataset_to_index"]) - first):
+                raise ValueError(f"episode {index} has {rows_there} rows and length {length}")
+            yield Entry(index, length, data, first - starts[data], spans, success)
 
 
 def _span_v30(root: Path, info: Mapping[str, Any], key: str, row: Mapping[str, Any]) -> Span:
     where = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-    return Span(root / info["video_path"].format(video_key=key, **where), float(row[f"videos/{key}/from_timestamp"]))
+    start = float(row[f"videos/{key}/from_timestamp"])
+    if not 0 <= start < math.inf:
+        raise ValueError(f"episode {row['episode_index']} begins at {start:g} s in a video")
+    return Span(root / info["video_path"].format(video_key=key, **where), start)
 
 
 def _episode_rows(file: Path) -> list[dict[str, Any]]:
@@ -209,6 +235,20 @@ def _episode_rows(file: Path) -> list[dict[str, Any]]:
     with reading(file):
         names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
     return read_table(file, names).to_pylist()
+
+
+def _sentences(tasks: Iterable[tuple[Any, Any]]) -> dict[int, str]:
+    """Number of a task -> its sentence."""
+    found = {int(number): sentence for number, sentence in tasks}
+    if wrong := [number for number, sentence in found.items() if not isinstance(sentence, str)]:
+        raise ValueError(f"task {wrong[0]} is {found[wrong[0]]!r}")
+    return found
+
+
+def _length(index: int, length: Any) -> int:
+    if int(length) < 1:
+        raise ValueError(f"episode {index} has length {length}")
+    return int(length)
 
 
 class _Layout(NamedTuple):
@@ -237,7 +277,7 @@ def reading(file: Path, who: str = "") -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise DataError(f"{file}: is missing{who and f', but {who} is in it'}; {_COPY}") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         why = str(error).strip().partition("\n")[0]
         raise DataError(f"{file}: cannot be read{who and f', but {who} is in it'} ({why}); {_COPY}") from error
 
@@ -247,7 +287,7 @@ def _described(file: Path) -> Iterator[None]:
     """Turn an entry that is missing or of the wrong kind into a DataError."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, ZeroDivisionError) as error:
         what = f"the entry {error}" if isinstance(error, KeyError) else f"an entry ({error})"
         raise DataError(f"{file}: {what} is missing or not as the format wants it; {_COPY}") from error
 

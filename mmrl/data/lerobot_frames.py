@@ -130,15 +130,22 @@ class Frames:
     def _column(self, entry: Entry, column: pa.ChunkedArray, feature: Feature) -> Tensor:
         """[N, D] of a column of lists of D numbers, or of single ones."""
         array = column.combine_chunks()
-        while pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
-            array = array.flatten()
         dim = int(np.prod(feature.shape))
         who = f"{entry.data}: {feature.key!r} of episode {entry.index}"
+        while pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
+            fixed = pa.types.is_fixed_size_list(array.type)
+            if not fixed and len(sizes := array.value_lengths().drop_null().unique()) > 1:
+                raise DataError(f"{who} or its neighbours has rows of {sizes[0]} and of {sizes[1]} entries; {_AGAIN}")
+            array = array.flatten()
         if len(array) != len(column) * dim:
             raise DataError(f"{who} has {len(array)} numbers in {len(column)} rows, but info.json says {dim} each; {_AGAIN}")
         if array.null_count:
             raise DataError(f"{who} or its neighbours has {array.null_count} empty entries; {_AGAIN}")
+        if not (pa.types.is_floating(array.type) or pa.types.is_integer(array.type) or pa.types.is_boolean(array.type)):
+            raise DataError(f"{who} holds entries of type {array.type}, which are no numbers; {_AGAIN}")
         values = torch.from_numpy(array.to_numpy(zero_copy_only=False).copy()).reshape(len(column), dim)
+        if not bool(values.isfinite().all()):
+            raise DataError(f"{who} or its neighbours has numbers that are not finite; {_AGAIN}")
         return values.float() if values.is_floating_point() else values.long()
 
     # -- pictures ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmrl.errors import refuse_other_actions
 from mmrl.types import Observation, Step
 from mmrl.workers.board import Board
 from mmrl.workers.pool import START_LIMIT, TIME_LIMIT, Call, WorkerPool
@@ -94,9 +95,7 @@ class WorkerEnvironment:
         return self.begin_step(actions_BCA)()
 
     def begin_step(self, actions_BCA: Tensor) -> Callable[[], Step]:
-        if actions_BCA.dim() != 3 or actions_BCA.shape[::2] != (self.num_envs, self.action_spec.dim):
-            shape = f"({self.num_envs}, C, {self.action_spec.dim})"
-            raise ValueError(f"step needs actions of shape {shape}; got {tuple(actions_BCA.shape)}")
+        refuse_other_actions(tuple(actions_BCA.shape), self.num_envs, self.action_spec.dim)
         actions = actions_BCA.detach().cpu().numpy().astype(np.float32).clip(self._low_A, self._high_A)
         asked = self._by_worker(self._running_B.nonzero()[:, 0].tolist())
         arguments = {index: ({slot: actions[slot] for slot in slots},) for index, slots in asked.items()}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmrl.errors import refuse_other_actions
 from mmrl.types import Observation, Step
 from mmrl.workers.batch import Batch, Outcomes, Share
 from mmrl.workers.board import Board
@@ -77,9 +78,7 @@ class RemoteEnvironment:
         return self.begin_step(actions_BCA)()
 
     def begin_step(self, actions_BCA: Tensor) -> Callable[[], Step]:
-        if actions_BCA.dim() != 3 or actions_BCA.shape[::2] != (self.num_envs, self.action_spec.dim):
-            shape = f"({self.num_envs}, C, {self.action_spec.dim})"
-            raise ValueError(f"step needs actions of shape {shape}; got {tuple(actions_BCA.shape)}")
+        refuse_other_actions(tuple(actions_BCA.shape), self.num_envs, self.action_spec.dim)
         name = self._hand_over(actions_BCA.numpy(force=True))
         call = self.pool.send("step", {0: (name, self._layout)}, units=actions_BCA.shape[1])
         return partial(self._finish_step, actions_BCA.shape[1], call)

@@ -21,9 +21,12 @@ class Adapter(Protocol):
 
     cameras: the simulator's, for the checkpoint's image slots in order. pi0 tells slots apart by their order alone, and openpi
     masks those without a camera, which equals leaving them out.
+
+    changes: whether the checkpoint's state or actions are other numbers than the simulator's.
     """
 
     cameras: tuple[str, ...]
+    changes: bool
 
     def state(self, state_BS: Tensor) -> Tensor:
         """The state as the checkpoint takes it, before normalisation: [B, S']."""
@@ -46,6 +49,7 @@ class Identity:
     """Everything passes as it is; one camera, ``front``."""
 
     cameras: tuple[str, ...] = ("front",)
+    changes = False
 
     def state(self, state_BS: Tensor) -> Tensor:
         return state_BS

@@ -34,7 +34,7 @@ class Libero:
 
     def __init__(self, config: Config) -> None:
         self.cameras = config.cameras
-        self._relative = _MOTION if config.relative else 0
+        self.changes, self._relative = config.relative, _MOTION if config.relative else 0
 
     def state(self, state_BS: Tensor) -> Tensor:
         if state_BS.shape[1] != STATE:

@@ -51,6 +51,7 @@ class ManiSkill:
 
     def __init__(self, config: Config) -> None:
         self.config, self.cameras = config, config.cameras
+        self.changes = config.state == "hand" or config.actions == "libero" or config.relative > 0
 
     def state(self, state_BS: Tensor) -> Tensor:
         if self.config.state == "all":

@@ -29,7 +29,7 @@ class Options:
     which lie upside down in memory, by half a turn); false shows them as a camera would, and writing can be read."""
     render: bool = True
     """Whether observations have images; without, only state and instruction."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Another seed places the furniture differently, as far as a task leaves that open."""
     workers: int | None = Field(default=None, gt=0)
     """Worker processes, which share the environments; null: one an environment, but no more than there are processors."""

@@ -106,7 +106,11 @@ class Single:
             return
         self.close()
         try:
-            self._env = OffScreenRenderEnv(bddl_file_name=self._suite.get_task_bddl_file_path(task), use_camera_obs=False)
+            self._env = OffScreenRenderEnv(
+                bddl_file_name=self._suite.get_task_bddl_file_path(task),
+                use_camera_obs=False,
+                ignore_done=True,  # robosuite's own limit of 1,000 actions, after which it refuses to go on; ours is max_steps
+            )
         except (AttributeError, ImportError, RuntimeError) as error:  # of robosuite's EGL context
             if "egl" not in str(error).lower():
                 raise

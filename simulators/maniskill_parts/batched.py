@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmrl.errors import MMRLError
+from mmrl.errors import MMRLError, refuse_other_actions
 from mmrl.types import Observation, Step
 from simulators.maniskill_parts.experts import expert_action
 from simulators.maniskill_parts.options import Options
@@ -49,9 +49,7 @@ class Batched:
         return self._observe(frozen_B=self._ended_B | self._late_B)
 
     def step(self, actions_BCA: Tensor) -> Step:
-        if actions_BCA.dim() != 3 or actions_BCA.shape[::2] != (self.num_envs, self.action_spec.dim):
-            shape = f"({self.num_envs}, C, {self.action_spec.dim})"
-            raise ValueError(f"step needs actions of shape {shape}; got {tuple(actions_BCA.shape)}")
+        refuse_other_actions(tuple(actions_BCA.shape), self.num_envs, self.action_spec.dim)
         actions_BCA = actions_BCA.detach().to(self.device, torch.float32).clamp(self._low_A, self._high_A)
         frozen_B = self._ended_B | self._late_B
         rewards, valid = [], []

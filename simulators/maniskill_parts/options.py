@@ -48,7 +48,7 @@ class Options:
     """Actions until truncation; null: as the task is registered."""
     instructions: tuple[str, ...] | None = None
     """Sentences for the task, one drawn for each episode; null: the table's, the task's own, or its id in words."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Another seed gives other episodes for the same task ids."""
     render: bool = True
     """Whether observations have images; without, only state and instruction (and no graphics driver is needed)."""

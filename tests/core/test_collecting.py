@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,41 @@ def _obedient(environment: Any) -> Any:
         return real(environment, expert()[:, None])
 
     return step
+
+
+class Breaking(NumberedEnvironment):
+    """Loses the first slot with its first action and the third with its last."""
+
+    def step(self, actions_BCA: Tensor) -> Any:
+        done_B, step = (
+            torch.tensor(self.clock) >= torch.tensor([length_of(task) for task in self.tasks]),
+            super().step(actions_BCA),
+        )
+        last_B = torch.tensor(self.clock) == torch.tensor([length_of(task) for task in self.tasks])
+        lost_B = torch.tensor([True, False, True, False]) & ~done_B & (last_B | torch.tensor([True, False, False, False]))
+        self.lost_B = getattr(self, "lost_B", torch.zeros(4, dtype=torch.bool)) | lost_B
+        alive_B = ~self.lost_B
+        ends = {"terminated_B": step.terminated_B & alive_B, "truncated_B": step.truncated_B & alive_B}
+        return replace(step, valid_BC=step.valid_BC & alive_B[:, None], lost_B=self.lost_B, **ends)
+
+
+def test_an_episode_that_the_simulator_lost_is_not_saved() -> None:
+    environment: Any = Breaking(4)
+    tasks = torch.tensor([3, 1, 2, 0])
+    episodes = play(environment, lambda *_: environment.expert_action()[:, None], tasks)
+    assert [(episode.task_id, len(episode)) for episode in episodes] == [(1, length_of(1)), (0, length_of(0))]
+    environment.lost_B[:] = True
+    assert play(environment, lambda *_: environment.expert_action()[:, None], tasks) == []
+
+
+def test_tasks_are_counted_on_the_device_of_the_run(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy there draws its random numbers from them."""
+    seen: list[Tensor] = []
+    monkeypatch.setattr(collecting, "play", lambda environment, act, task_ids_B: seen.append(task_ids_B) or [None])
+    loaded, environment = load_as(CollectionConfig, config, ["only_successes=false", "episodes=1"]), NumberedEnvironment(3)
+    with pytest.raises(AttributeError):  # the episode, which is none
+        next(collecting._wanted(loaded, environment, lambda *_: torch.zeros(1), torch.device("meta")))
+    assert [(tasks_B.device.type, tuple(tasks_B.shape)) for tasks_B in seen] == [("meta", (3,))]
 
 
 def test_the_expert_s_episodes_are_saved_as_they_were_played(config: Path, tmp_path: Path) -> None:
@@ -216,6 +252,19 @@ def test_statistics_of_a_folder_and_of_a_run(run_config: tuple[Path, str], tmp_p
 def test_statistics_of_what_is_not_stored(tmp_path: Path, arguments: list[str], sentence: str) -> None:
     result = mmrl("statistics", str(tiny_run.write_config(tmp_path)), *arguments)
     assert result.exit_code == 2 and sentence in result.stderr
+
+
+def test_statistics_are_not_those_of_data_that_an_adapter_changes(run_config: tuple[Path, str]) -> None:
+    """An adapter of the same sizes would have the policy normalise by another's numbers, without a word."""
+    config, data = run_config
+    libero = "policy.adapter={{target: 'policies.pi0_adapters.libero:Libero', relative: {}}}"
+    refused = mmrl("statistics", str(config), data, libero.format("true"))
+    assert refused.exit_code == 2 and "'policy.adapter' makes other numbers of the data's" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert mmrl("statistics", str(config), data, libero.format("false")).exit_code == 0
+    maniskill = "policy.adapter={{target: 'policies.pi0_adapters.maniskill:ManiSkill', state: {}}}"
+    assert mmrl("statistics", str(config), data, maniskill.format("hand")).exit_code == 2
+    assert mmrl("statistics", str(config), data, maniskill.format("all")).exit_code == 0
 
 
 def test_statistics_of_what_is_no_data_set(tmp_path: Path) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from mmrl import doctor, probes
+from mmrl import doctor, probes, simulator_probe
 from mmrl.doctor import Capability
+from mmrl.types import Step
+from simulators.tabletop import Tabletop
 
 
 def program(folder: Path, name: str, script: str) -> None:
@@ -51,10 +55,29 @@ def test_a_missing_package_names_what_installs_it() -> None:
 
 
 def test_a_simulator_s_missing_package_names_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_ask", lambda *arguments: (False, "No module named 'no_such_simulator.parts'"))
+    monkeypatch.setattr(doctor, "_ask", lambda *arguments, **limits: (False, "No module named 'no_such_simulator.parts'"))
     assert doctor.check("tabletop").remedy == "pip install no-such-simulator"
-    monkeypatch.setattr(doctor, "_ask", lambda *arguments: (False, "no display"))
+    monkeypatch.setattr(doctor, "_ask", lambda *arguments, **limits: (False, "no display"))
     assert doctor.check("tabletop").remedy == "python -m mmrl.simulator_probe simulators.tabletop"
+
+
+@pytest.mark.parametrize(("seconds", "built"), [(0.08, [1]), (0.0, [1, 32])])
+def test_a_slow_simulator_is_built_once(seconds: float, built: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Slow(Tabletop):
+        def __init__(self, config: Tabletop.Config, *, num_envs: int, device: torch.device) -> None:
+            super().__init__(config, num_envs=num_envs, device=device)
+            made.append(num_envs)
+
+        def step(self, actions_BCA: torch.Tensor) -> Step:
+            time.sleep(seconds)
+            return super().step(actions_BCA)
+
+    monkeypatch.setattr("simulators.tabletop.Tabletop", Slow)
+    monkeypatch.setattr(simulator_probe, "_SECONDS", 0.01)
+    said = simulator_probe._steps_per_second("simulators.tabletop:Tabletop")
+    assert made == built and f"steps/s at {built[-1]} environment" in said
 
 
 def test_gymnasium_is_built_and_timed(require: Callable[[str], None]) -> None:

@@ -139,7 +139,7 @@ def test_expert_episodes_become_examples(make: Make) -> None:
 def test_actions_of_another_shape_are_refused(make: Make, shape: tuple[int, ...]) -> None:
     environment = make(2, 1)
     environment.reset(torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(MMRLError, match=r"takes, 2 \('policy\.action_dim'"):
         environment.step(torch.zeros(shape))
 
 

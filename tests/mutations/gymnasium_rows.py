@@ -142,4 +142,18 @@ GYMNASIUM: tuple[Row, ...] = (
         "statistics.pstdev(returns) if n > 1 else 0.0",
         "tests/core/test_evaluation.py::test_every_task_counts_once",
     ),
+    (
+        "gymnasium: a process that dies ends in a traceback",
+        "simulators/gymnasium.py",
+        "except (EOFError, ConnectionError, multiprocessing.TimeoutError) as error:",
+        "except multiprocessing.TimeoutError as error:",
+        "tests/simulators/test_gymnasium.py::test_a_process_that_dies_or_hangs_ends_in_a_sentence",
+    ),
+    (
+        "gymnasium: a process that hangs outlives the run",
+        "simulators/gymnasium.py",
+        "        die_with_the_parent(builder)",
+        "        pass",
+        "tests/simulators/test_gymnasium.py::test_no_process_outlives_the_run_even_if_it_hangs",
+    ),
 )

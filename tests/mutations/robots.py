@@ -105,4 +105,25 @@ ROBOTS: tuple[Row, ...] = (
         "                frozen_B =",
         "tests/simulators/test_maniskill.py::test_the_batched_class_gives_what_the_workers_give",
     ),
+    (
+        "libero: robosuite's limit ends the run",
+        "simulators/libero_parts/single.py",
+        "ignore_done=True,",
+        "ignore_done=False,",
+        "tests/simulators/test_libero.py::test_episodes_may_be_longer_than_robosuite_s_limit",
+    ),
+    (
+        "actions of another shape end in a traceback",
+        "mmrl/errors.py",
+        "class ActionError(MMRLError, ValueError):",
+        "class ActionError(ValueError):",
+        "tests/core/test_workers.py::test_actions_of_another_shape_are_refused",
+    ),
+    (
+        "doctor: a slow simulator is built twice",
+        "mmrl/simulator_probe.py",
+        "    if seconds <= _SLOW:",
+        "    if seconds >= 0:",
+        "tests/core/test_doctor.py::test_a_slow_simulator_is_built_once",
+    ),
 )

@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmrl import config, metrics, trainer
-from mmrl.errors import MMRLError
+from mmrl.errors import ActionError, MMRLError
 from mmrl.progress import Quiet
 from mmrl.protocols import RenderEnvironment
 from mmrl.registry import ROOT, install_command
@@ -186,7 +190,7 @@ def test_actions_that_are_none_are_refused(make: Maker) -> None:
     environment = make()
     environment.reset(torch.tensor(TASKS))
     for wrong in (2.0, -1.0, 0.5, float("nan")):
-        with pytest.raises(ValueError, match="whole numbers"):
+        with pytest.raises(ActionError, match=r"whole numbers .*'policy\.choices'"):
             environment.step(torch.tensor([0.0, wrong, 1.0]).view(3, 1, 1))
 
 
@@ -247,6 +251,52 @@ def test_closing_ends_every_process() -> None:
     assert len(multiprocessing.active_children()) >= 2
     environment.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(("stop", "sentence"), [("SIGKILL", "died in 'step'"), ("SIGSTOP", r"took more than 0\.5 seconds")])
+def test_a_process_that_dies_or_hangs_ends_in_a_sentence(make: Maker, stop: str, sentence: str) -> None:
+    environment = make(2, vectorization="async", time_limit=0.5 if stop == "SIGSTOP" else 60.0)
+    environment.reset(torch.tensor([1, 2]))
+    ids = [process.pid for process in environment._vector.processes]
+    os.kill(ids[0], getattr(signal, stop))
+    with pytest.raises(MMRLError, match=rf"a process of CartPole-v1 {sentence}.* collect\.parts"):
+        for _ in range(2):  # what a process said before it died still counts
+            environment.step(torch.zeros(2, 1, 1))
+    assert not {process.pid for process in multiprocessing.active_children()} & set(ids)
+
+
+def test_no_process_outlives_the_run_even_if_it_hangs(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, signal, torch\n"
+        "from simulators.gymnasium import Gymnasium\n"
+        "config = Gymnasium.Config(vectorization='async')\n"
+        "environment = Gymnasium(config, num_envs=2, device=torch.device('cpu'))\n"
+        "ids = [process.pid for process in environment._vector.processes]\n"
+        "os.kill(ids[0], signal.SIGSTOP)\n"
+        "print(*ids, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "said").open("w") as said:  # no pipe: what stays would hold it open
+        subprocess.run([sys.executable, str(script)], env=environment, stdout=said, check=False, timeout=120)
+    ids = [int(word) for word in (tmp_path / "said").read_text().split()]
+    assert len(ids) == 2
+    for _ in range(100):
+        left = [pid for pid in ids if _runs(pid)]
+        if not left:
+            return
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    raise AssertionError(f"{len(left)} processes are left")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("task", ["cartpole", "pendulum"])

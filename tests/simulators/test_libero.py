@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from mmrl.data.demonstrations import record
 from mmrl.errors import MMRLError
 from simulators.libero import Libero
 from simulators.libero_parts.options import Options, limit
+from simulators.maniskill_parts import options as maniskill
 
 CPU = torch.device("cpu")
 Make = Callable[..., Libero]
@@ -60,6 +64,27 @@ def test_pictures_are_the_right_way_up_and_mirrored_on_request(make: Make) -> No
     lightness = view[8:20, 27:36].mean() - view[8:20, 2:12].mean()
     assert lightness > 20 and lightness > 20 + view.flip(0)[8:20, 27:36].mean() - view.flip(0)[8:20, 2:12].mean()
     assert view[28:40, 46:58].std() > 1.5 * view[28:40, 6:18].std()
+
+
+def test_episodes_may_be_longer_than_robosuite_s_limit(require: Callable[[str], None]) -> None:
+    require("robosuite")
+    single = importlib.import_module("simulators.libero_parts.single").Single(
+        Options(suite="libero_object", tasks=(0,), render=False, settle_steps=0, max_steps=2000)
+    )
+    try:
+        single.reset(0)
+        single._env.env.timestep = 999  # robosuite's limit is 1,000
+        outcomes = [single.step(np.zeros(7)) for _ in range(3)]
+    finally:
+        single.close()
+    assert not any(outcome.terminated or outcome.truncated for outcome in outcomes)
+
+
+@pytest.mark.parametrize("options", [Options, maniskill.Options])
+def test_a_seed_is_a_count(options: type) -> None:
+    """numpy takes no other, and would say so from within a worker."""
+    with pytest.raises(ValidationError, match="seed"):
+        options(seed=-1)
 
 
 def test_tasks_and_initial_states_in_turn(make: Make) -> None:
