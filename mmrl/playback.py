@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ from mmrl.seeding import configure_torch
 
 LABEL = "evaluate"
 _READ = ("seed", "device", "threads", "tensorboard", "policy", "environment")  # of a run's configuration, beside its evaluation
+# Changes that leave the task as it is: the numbers belong to the run's own curve.
+_SAME_TASK = frozenset({"device", "threads", "tensorboard", "evaluation.episodes", "evaluation.num_envs", "evaluation.videos"})
 
 
 class Loaded(NamedTuple):
@@ -81,8 +83,9 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], episodes: int | None, 
     """Play the run's policy on its evaluation episodes and print a table of success (95 % intervals) and return per family.
 
     overrides: changes to the run's config.yaml (``evaluation.environment.domain=real``). episodes: how many to play (None: as
-    many as the config says). The numbers are added to metrics.jsonl, labelled ``evaluate``, and videos to trajectories/ - unless
-    another process is training the run at the moment, which alone may write there.
+    many as the config says). The numbers are added to metrics.jsonl, labelled ``evaluate`` and with the changes under which they
+    were measured (``changed``; curves of success leave those out), and videos to trajectories/ - unless another process is
+    training the run at the moment, which alone may write there.
     """
     config = load(run_dir / "config.yaml", overrides)
     configure_torch(config.threads, deterministic=False)
@@ -92,6 +95,7 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], episodes: int | None, 
     if warning:
         progress.note(warning)
     settings = config.evaluation if episodes is None else config.evaluation.model_copy(update={"episodes": episodes})
+    changed = [change for change, key in zip(overrides, overridden_keys(overrides), strict=True) if key not in _SAME_TASK]
     environment = build_environment(
         config,
         slots_of(settings),
@@ -112,7 +116,7 @@ def evaluate_run(run_dir: Path, overrides: Sequence[str], episodes: int | None, 
             reel=stage_reel(run_dir / "trajectories", stage.name, LABEL) if writable else None,
         )
         if writable:
-            _write_down(run_dir, config, stage.name, iteration, result)
+            _write_down(run_dir, config, stage.name, iteration, {**result.row(), **({"changed": changed} if changed else {})})
     Console(width=110).print(result_table(result, f"{run_dir}, {stage.name} after {iteration} iterations"))
 
 
@@ -126,11 +130,11 @@ def _hold(held: ExitStack, run_dir: Path, progress: Progress) -> bool:
     return True
 
 
-def _write_down(run_dir: Path, config: RunConfig, stage: str, iteration: int, result: EvaluationResult) -> None:
+def _write_down(run_dir: Path, config: RunConfig, stage: str, iteration: int, row: Mapping[str, Any]) -> None:
     elapsed = max((float(row["seconds"]) for row in metrics.read(run_dir)), default=0.0)
     writer = metrics.MetricsWriter(run_dir, tensorboard=config.tensorboard, elapsed=elapsed)
     try:
-        writer.evaluation(stage, iteration, LABEL, result.row())
+        writer.evaluation(stage, iteration, LABEL, row)
     finally:
         writer.close()
 

@@ -191,7 +191,7 @@ def chart_data(rows: Sequence[Mapping[str, Any]], trained: frozenset[str] | None
     points = [
         _point(row, rate) | {"stage": stages.index(row["stage"])}
         for row in rows
-        if row["kind"] == "evaluation" and (rate := Rate.of(row))
+        if row["kind"] == "evaluation" and not row.get("changed") and (rate := Rate.of(row))  # of the task that was set
     ]
     if points:
         panels.setdefault("success", _empty(SUCCESS))["points"] = points

@@ -214,6 +214,15 @@ def test_an_evaluation_that_repeats_the_one_before_it_is_shown_once(tmp_path):
     assert [m.title for m in summarize(load(tmp_path)).milestones] == ["before a", "after a", "after b"]
 
 
+def test_an_evaluation_of_another_task_is_no_point_of_the_curve(tmp_path):
+    ticking = Ticking(tmp_path)
+    ticking.evaluate("a", 0, "after", 0.25)
+    result = {"success": 0.75, "episodes": 8, "changed": ["evaluation.environment.domain=real"]}
+    ticking.writer.evaluation("a", 0, "evaluate", result)
+    (panel,) = chart_data(load(tmp_path).rows)["panels"]
+    assert [point["kind"] for point in panel["points"]] == ["after"]
+
+
 def test_rates_over_different_families_are_not_compared(tmp_path):
     ticking = Ticking(tmp_path)
     for stage, families in (("a", "xy"), ("b", "x"), ("c", "xy")):

@@ -226,6 +226,7 @@ def test_evaluating_a_run_again_gives_its_last_evaluation(
     playback.evaluate_run(run_dir, ["environment.families=[push]", "evaluation.num_envs=2"], 3, Quiet())
     *_, changed = tiny_run.rows(run_dir)
     assert changed["episodes"] == 3 and list(changed["families"]) == ["push"]
+    assert changed["changed"] == ["environment.families=[push]"]
     report.build(run_dir)
     with exclusive(run_dir):  # as if it were still being trained
         playback.evaluate_run(run_dir, [], 2, Quiet())

@@ -10,6 +10,20 @@ _COUNTING = "tests/core/test_evaluation.py::test_families_and_their_intervals"
 _SAME = f"{_PLAYING}::test_rows_and_places_do_not_depend_on_num_envs"
 EVALUATING: tuple[Row, ...] = (
     (
+        "report: an evaluation of another task is a point of the curve",
+        "mmrl/report/charts.py",
+        'and not row.get("changed") ',
+        "",
+        "tests/core/test_report.py::test_an_evaluation_of_another_task_is_no_point_of_the_curve",
+    ),
+    (
+        "playback: nobody knows what was changed for a measurement",
+        "mmrl/playback.py",
+        '{"changed": changed} if changed else {}',
+        "{}",
+        "tests/core/test_trainer.py::test_evaluating_a_run_again_gives_its_last_evaluation",
+    ),
+    (
         "playing: only the rows that run are asked about",
         "mmrl/playing.py",
         "for occupant_S in occupant_PS\n",
