@@ -64,11 +64,11 @@ def main() -> None:
     print(
         "| task | seed | return before | return after (± std) | episodes | env steps | minutes |\n|---|---|---|---|---|---|---|"
     )
-    runs = [(task, seed) for task in arguments.tasks for seed in arguments.seeds]
+    output, runs = arguments.output.resolve(), [(task, seed) for task in arguments.tasks for seed in arguments.seeds]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        folders = pool.map(lambda run: run_once(*run, arguments.output.resolve(), overrides), runs)
-        for (task, seed), folder in zip(runs, folders, strict=True):
-            print(row(task, seed, folder), flush=True)
+        jobs = [pool.submit(run_once, task, seed, output, overrides) for task, seed in runs]
+        for (task, seed), job in zip(runs, jobs, strict=True):
+            print(row(task, seed, job.result()), flush=True)
     for task in arguments.tasks:
         print(f"\n{task}, published: {PUBLISHED[task]}")
 
