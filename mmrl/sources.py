@@ -37,10 +37,10 @@ class StatisticsSource(Protocol):
         ...
 
     def statistics(self, advance: Advance) -> Mapping[str, Sequence[float]]:
-        """``state_mean``, ``state_std``, ``state_q01``, ``state_q99`` and the same of ``actions``, a number per dimension.
+        """``state_mean``, ``state_std``, ``state_q01``, ``state_q99``, ``state_min``, ``state_max`` and the same of ``actions``.
 
-        std is the unbiased one, and 1 for a dimension that never changes. A set without states has no entries for them.
-        ``advance`` is told of the frames as they are read; every frame is read twice.
+        Each is a list of a number per dimension. std is the unbiased one, and 1 for a dimension that never changes. A set without
+        states has no entries for them. ``advance`` is told of the frames as they are read; every frame is read twice.
         """
         ...
 

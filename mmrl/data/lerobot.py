@@ -200,6 +200,7 @@ class LeRobot:
             found[f"{name}_std"] = torch.where(std_D > _CONSTANT, std_D, torch.ones_like(std_D)).tolist()
             for level, values_D in zip(_LEVELS, quantiles[name].result(), strict=True):
                 found[f"{name}_{level}"] = values_D.tolist()
+            found[f"{name}_min"], found[f"{name}_max"] = moments[name].min_D.tolist(), moments[name].max_D.tolist()
         return found
 
     def _pass(self, columns: Mapping[str, str | None]) -> Iterator[tuple[dict[str, Tensor], int]]:

@@ -51,12 +51,11 @@ class Statistics:
 
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> Statistics:
-        """From plain data; a file of ``mmrl statistics`` says nothing of choices, but one value shows in equal quantiles."""
-        low, high = (tuple(float(x) for x in raw[f"actions_{name}"]) for name in ("q01", "q99"))
+        """From plain data; a file of ``mmrl statistics`` says nothing of choices, but one value shows in equal bounds."""
+        low, high = _bounds(raw, "actions")
         told = raw.get("actions_choices") or only_value(low, high)
-        state = [raw.get(f"state_{name}") for name in ("q01", "q99")]
-        state_low, state_high = (None if values is None else tuple(float(x) for x in values) for values in state)
-        return Statistics(low, high, tuple(tuple(float(x) for x in values) for values in told), state_low, state_high)
+        state = _bounds(raw, "state") if "state_q01" in raw else (None, None)
+        return Statistics(low, high, tuple(tuple(float(x) for x in values) for values in told), *state)
 
     def text(self) -> str:
         return json.dumps({name: value for name, value in self.__dict__.items() if value is not None}, indent=1) + "\n"
@@ -141,6 +140,14 @@ def spread(bins: int) -> Tensor:
 def only_value(low: tuple[float, ...], high: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
     """The choices of dimensions of which nothing but bounds is known: one value where these are equal."""
     return tuple(() if a < b else (a,) for a, b in zip(low, high, strict=True))
+
+
+def _bounds(raw: Mapping[str, Any], name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """1 % and 99 % quantile of each dimension; where they are equal its extremes, if those are known (as in Statistics)."""
+    inner = [(float(low), float(high)) for low, high in zip(raw[f"{name}_q01"], raw[f"{name}_q99"], strict=True)]
+    outer = [*zip(raw.get(f"{name}_min", ()), raw.get(f"{name}_max", ()), strict=True)] or inner
+    pairs = [quantiles if quantiles[0] < quantiles[1] else ends for quantiles, ends in zip(inner, outer, strict=True)]
+    return tuple(float(low) for low, _ in pairs), tuple(float(high) for _, high in pairs)
 
 
 def _quantiles(x_ND: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -191,6 +191,8 @@ def naive_statistics(column: Tensor, name: str) -> dict[str, list[float]]:
         f"{name}_std": np.where(std > 1e-6, std, 1.0).tolist(),
         f"{name}_q01": np.quantile(x, 0.01, axis=0).tolist(),
         f"{name}_q99": np.quantile(x, 0.99, axis=0).tolist(),
+        f"{name}_min": x.min(0).tolist(),
+        f"{name}_max": x.max(0).tolist(),
     }
 
 

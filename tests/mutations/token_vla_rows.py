@@ -198,4 +198,11 @@ TOKEN_VLA: tuple[Row, ...] = (
         "[own[word] for word in shared]",
         f"{_UPSTREAM}::test_the_paligemma_that_ships_sees_and_reads_as_tiny_pi0_does",
     ),
+    (
+        "a dimension that rarely moves counts as one that never does",
+        "policies/token_vla_parts/bins.py",
+        "pairs = [quantiles if quantiles[0] < quantiles[1] else ends for",
+        "pairs = [quantiles for",
+        "tests/policies/test_token_vla_bins.py::test_a_dimension_that_rarely_moves_is_not_taken_for_one_that_never_does",
+    ),
 )

@@ -148,6 +148,14 @@ def test_the_command_s_statistics_are_read_too(tmp_path: Path) -> None:
     assert load_statistics(str(tmp_path)) == Statistics((-1.0, 0.5), (1.0, 0.5), ((), (0.5,)))
 
 
+def test_a_dimension_that_rarely_moves_is_not_taken_for_one_that_never_does(tmp_path: Path) -> None:
+    """As ``Statistics.fit`` has it: here from the numbers that ``mmrl statistics`` writes."""
+    ends = {"actions_min": [-2.0, 0.0, 0.5], "actions_max": [2.0, 0.25, 0.5]}
+    numbers = {"actions_q01": [-1.0, 0.0, 0.5], "actions_q99": [1.0, 0.0, 0.5], **ends}
+    (tmp_path / STATISTICS_FILE).write_text(json.dumps(numbers))
+    assert load_statistics(str(tmp_path)) == Statistics((-1.0, 0.0, 0.5), (1.0, 0.25, 0.5), ((), (), (0.5,)))
+
+
 def test_other_files_are_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / STATISTICS_FILE).write_text('{"actions_mean": [0.0]}')
     with pytest.raises(MMRLError, match="not a statistics file with actions_q01 and actions_q99"):
