@@ -61,7 +61,7 @@ def build_parts(
         parts = 1
 
     def build(size: int) -> Environment:
-        if parts == 1 or issubclass(component.cls, AsyncEnvironment):
+        if parts == 1 or _simulates_apart(component):
             return component.build(num_envs=size, device=device)
         threads = config.threads or 1
         return RemoteEnvironment(component.target, component.config, num_envs=size, device=device, threads=threads)
@@ -75,6 +75,11 @@ def build_parts(
             environment.close()
         raise
     return built
+
+
+def _simulates_apart(component: Component) -> bool:
+    cls: Any = component.cls
+    return issubclass(cls, AsyncEnvironment) and (not hasattr(cls, "simulates_apart") or cls.simulates_apart(component.config))
 
 
 def _changed(component: Component, changes: Sequence[tuple[str, Mapping[str, Any]]]) -> Component:

@@ -5,6 +5,9 @@ The command line prints that sentence and exits with code 2; any other exception
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class MMRLError(Exception):
     """Base of every error that a user can mend."""
@@ -40,6 +43,15 @@ def refuse_other_actions(shape: tuple[int, ...], num_envs: int, dim: int) -> Non
         raise ActionError(
             f"step needs actions of shape ({num_envs}, C, {dim}), but got {shape}; give the policy as many numbers in an action "
             f"as the environment takes, {dim} ('policy.action_dim', or 'policy.choices' of an MLP)"
+        )
+
+
+def refuse_other_choices(actions: Any, low: Sequence[float], high: Sequence[float]) -> None:
+    """Raise ActionError unless the array ``actions`` [..., A] holds whole numbers within the bounds (of A numbers each)."""
+    if not ((actions >= low) & (actions <= high) & (actions == actions.round())).all():
+        raise ActionError(
+            f"the environment's actions are whole numbers from {list(low)} to {list(high)}; give the policy these choices "
+            "('policy.choices' of an MLP)"
         )
 
 

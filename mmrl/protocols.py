@@ -75,7 +75,8 @@ class AsyncEnvironment(Protocol):
     """An environment that simulates in processes of its own, so that a policy can act elsewhere in the meantime.
 
     The first half of a reset or a step returns at once, with the function that waits for its end. That must have been called
-    before anything else is asked of the environment. ``reset`` and ``step`` are both halves in one.
+    before anything else is asked of the environment. ``reset`` and ``step`` are both halves in one. Where it depends on the
+    configuration whether there are such processes, a static ``simulates_apart(config)`` says so.
     """
 
     def begin_reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Callable[[], Observation]: ...

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrl.errors import refuse_other_actions
+from mmrl.errors import refuse_other_actions, refuse_other_choices
 from mmrl.types import Observation, Step
 from mmrl.workers.board import Board
 from mmrl.workers.pool import START_LIMIT, TIME_LIMIT, Call, WorkerPool
@@ -96,7 +96,10 @@ class WorkerEnvironment:
 
     def begin_step(self, actions_BCA: Tensor) -> Callable[[], Step]:
         refuse_other_actions(tuple(actions_BCA.shape), self.num_envs, self.action_spec.dim)
-        actions = actions_BCA.detach().cpu().numpy().astype(np.float32).clip(self._low_A, self._high_A)
+        actions = actions_BCA.detach().cpu().float().numpy()
+        if self.action_spec.discrete:
+            refuse_other_choices(actions[self._running_B.numpy()], self.action_spec.low, self.action_spec.high)
+        actions = actions.clip(self._low_A, self._high_A)
         asked = self._by_worker(self._running_B.nonzero()[:, 0].tolist())
         arguments = {index: ({slot: actions[slot] for slot in slots},) for index, slots in asked.items()}
         units = actions.shape[1] * max(map(len, asked.values()), default=1)

@@ -104,7 +104,7 @@ class Worker:
 
 def main(connection: Connection, kind: type, target: str, config: Any, share: Any) -> None:
     """Build ``kind(target, config, share)`` and have it serve the parent until that closes the connection, or dies."""
-    die_with_the_parent()
+    _die_with_the_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the connection
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the server's (see mmrl.workers.server)
     torch.set_num_threads(1)
@@ -148,12 +148,9 @@ def _answer(connection: Connection, call: Callable[[], Any], shown: Callable[[An
     return result
 
 
-def die_with_the_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when the one that forked it dies, stopped or hung as it may be (Linux).
-
-    parent: the id of the one that forked it; None: any but 1, which adopts orphans.
-    """
+def _die_with_the_parent() -> None:
+    """Have the kernel kill this process when the one that forked it dies, stopped or hung as it may be (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1 if parent is None else os.getppid() != parent:  # it died before the kernel was asked
+        if os.getppid() == 1:  # it died before the kernel was asked
             os._exit(0)

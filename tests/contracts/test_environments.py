@@ -56,6 +56,8 @@ ENVIRONMENTS: dict[str, Callable[[int], Any]] = {
     "gymnasium: CartPole": _gymnasium("CartPole-v1", max_steps=14),
     "gymnasium: Pendulum": _gymnasium("Pendulum-v1", max_steps=10),
     "gymnasium: several choices and images": _gymnasium("tests.simulators.pixels:Pixels-v0"),
+    "gymnasium in workers: Pendulum": _gymnasium("Pendulum-v1", max_steps=10, workers=2),
+    "gymnasium in workers: several choices and images": _gymnasium("tests.simulators.pixels:Pixels-v0", workers=2),
     "single environments in workers": _workers,
     "tabletop in a process of its own": _remote("simulators.tabletop:Tabletop", image_size=32, max_steps=_SHORT),
     "gymnasium in a process of its own": _remote("simulators.gymnasium:Gymnasium", id="Pendulum-v1", max_steps=10),

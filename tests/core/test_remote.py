@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmrl.building import build_parts
+from mmrl.component import Component
 from mmrl.config import load
 from mmrl.errors import MMRLError
 from mmrl.registry import resolve
@@ -148,7 +149,22 @@ def test_an_environment_with_processes_of_its_own_is_refused(make: Make, install
     installed("gymnasium")
     cls: Any = resolve("simulators.gymnasium:Gymnasium")
     with pytest.raises(MMRLError, match=r"^simulators.gymnasium:Gymnasium starts processes of its own.*set 'collect.parts' to 1"):
-        make(2, "simulators.gymnasium:Gymnasium", cls.Config(id="CartPole-v1", vectorization="async"))
+        make(2, "simulators.gymnasium:Gymnasium", cls.Config(id="CartPole-v1", workers=1))
+
+
+@pytest.mark.parametrize(("workers", "kind"), [(0, "RemoteEnvironment"), (1, "Gymnasium")])
+def test_parts_get_processes_unless_the_config_has_some(
+    workers: int, kind: str, tmp_path: Path, installed: Callable[[str], None]
+) -> None:
+    installed("gymnasium")
+    environment = Component.parse({"target": "simulators.gymnasium:Gymnasium", "workers": workers})
+    config = load(tiny_run.write_config(tmp_path)).model_copy(update={"environment": environment})
+    parts = build_parts(config, 4, 2, CPU)
+    try:
+        assert [type(part).__name__ for part in parts] == [kind] * 2
+    finally:
+        for part in parts:
+            part.close()
 
 
 def test_parts_are_built_as_the_simulator_needs_them(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""Bugs to plant in simulators/gymnasium.py, policies/mlp.py and what they asked of the core; rows as in beyond_numerics.py."""
+"""Bugs to plant in simulators/gymnasium.py, its parts, policies/mlp.py and what they asked of the core; rows as in beyond_numerics.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ Row = tuple[str, str, str, str, str]
 
 _MLP_TEST = "tests/policies/test_mlp.py"
 _GYMNASIUM_TEST = "tests/simulators/test_gymnasium.py"
+_GYMNASIUM = "simulators/gymnasium.py"
+_MAKING, _BATCHED, _SINGLE = (f"simulators/gymnasium_parts/{name}.py" for name in ("making", "batched", "single"))
 
 GYMNASIUM: tuple[Row, ...] = (
     (
@@ -67,52 +69,136 @@ GYMNASIUM: tuple[Row, ...] = (
     ),
     (
         "gymnasium: the next episode's first observation at the end",
-        "simulators/gymnasium.py",
+        _BATCHED,
         "self._seen[alive_B] = seen[alive_B]\n        self._return_B",
         "self._seen[:] = seen\n        self._return_B",
         f"{_GYMNASIUM_TEST}::test_cartpole_is_gymnasium_s",
     ),
     (
         "gymnasium: truncated although it ended",
-        "simulators/gymnasium.py",
+        _BATCHED,
         "alive_B & truncated_B & ~terminated_B",
         "alive_B & truncated_B",
         f"{_GYMNASIUM_TEST}::test_an_end_by_itself_at_the_time_limit_is_no_truncation",
     ),
     (
         "gymnasium: the slot is the seed",
-        "simulators/gymnasium.py",
-        "seeds = [seed_of(task, self.config.seed) for task in task_ids_B.tolist()]",
-        "seeds = [seed_of(slot, self.config.seed) for slot in range(self.num_envs)]",
+        _BATCHED,
+        "[seed_of(task, self._options.seed) for task in task_ids_B.tolist()]",
+        "[seed_of(slot, self._options.seed) for slot in range(self.num_envs)]",
         f"{_GYMNASIUM_TEST}::test_cartpole_is_gymnasium_s tests/contracts/test_environments.py::test_a_task_is_the_same_episode_in_any_slot_of_any_batch",
     ),
     (
         "gymnasium: slots that are done go on earning",
-        "simulators/gymnasium.py",
+        _BATCHED,
         "reward_B = np.where(alive_B, reward_B, 0.0)",
         "pass",
         f"{_GYMNASIUM_TEST}::test_cartpole_is_gymnasium_s",
     ),
     (
+        "gymnasium: observations share memory",
+        _BATCHED,
+        "return torch.tensor(array, dtype=dtype, device=self._device)",
+        "return torch.from_numpy(array).to(dtype or torch.from_numpy(array).dtype)",
+        "tests/contracts/test_environments.py::test_observations_are_not_written_to_afterwards",
+    ),
+    (
+        "gymnasium: who says nothing has failed when others say something",
+        _BATCHED,
+        'np.where(info[f"_{key}"], np.asarray(info[key]).astype(bool), success_B)',
+        'np.asarray(info[key]).astype(bool) & info[f"_{key}"]',
+        f"{_GYMNASIUM_TEST}::test_success_of_a_slot_is_its_own_environment_s_to_tell",
+    ),
+    (
+        "gymnasium: the first reset is of some environments alone",
+        _BATCHED,
+        "chosen_B.copy() if self._begun else np.ones(self.num_envs, bool)",
+        "chosen_B.copy()",
+        f"{_GYMNASIUM_TEST}::test_the_first_reset_may_be_of_some_slots",
+    ),
+    (
         "gymnasium: actions not clipped",
-        "simulators/gymnasium.py",
-        "return np.clip(action_BA, low_A, high_A).reshape(shape)",
-        "return action_BA.reshape(shape)",
+        _MAKING,
+        "return np.clip(rounded.astype(space.dtype), space.low, space.high)",
+        "return shaped.astype(space.dtype)",
         f"{_GYMNASIUM_TEST}::test_an_environment_gets_nothing_beyond_its_bounds",
     ),
     (
+        "gymnasium: a bound as float32 has it",
+        _MAKING,
+        "return np.clip(rounded.astype(space.dtype), space.low, space.high)",
+        "return rounded.astype(space.dtype)",
+        f"{_GYMNASIUM_TEST}::test_bounds_that_are_none_in_float32_hold_exactly",
+    ),
+    (
+        "gymnasium: a bound that workers have and a batch has not",
+        _MAKING,
+        "rounded.astype(space.dtype), space.low",
+        "shaped.astype(space.dtype), space.low",
+        f"{_GYMNASIUM_TEST}::test_bounds_that_are_none_in_float32_hold_exactly",
+    ),
+    (
         "gymnasium: choices start at zero",
-        "simulators/gymnasium.py",
-        "return self._space.start + (",
+        _MAKING,
+        "return space.start + (",
         "return (",
         f"{_GYMNASIUM_TEST}::test_images_come_as_images_and_choices_start_at_zero",
     ),
     (
-        "gymnasium: observations share memory",
-        "simulators/gymnasium.py",
-        "return torch.tensor(array, dtype=dtype, device=self._device)",
-        "return torch.from_numpy(array).to(dtype or torch.from_numpy(array).dtype)",
-        "tests/contracts/test_environments.py::test_observations_are_not_written_to_afterwards",
+        "gymnasium: a worker truncates what ended",
+        _SINGLE,
+        "bool(truncated and not terminated)",
+        "bool(truncated)",
+        f"{_GYMNASIUM_TEST}::test_an_end_by_itself_at_the_time_limit_is_no_truncation",
+    ),
+    (
+        "gymnasium: a worker seeds with the task",
+        _SINGLE,
+        "seed=seed_of(task_id, self._options.seed)",
+        "seed=task_id",
+        f"{_GYMNASIUM_TEST}::test_cartpole_is_gymnasium_s",
+    ),
+    (
+        "gymnasium: a worker's return goes on with the next episode",
+        _SINGLE,
+        "        self._return = 0.0\n        return self._options",
+        "        return self._options",
+        f"{_GYMNASIUM_TEST}::test_workers_play_the_same_episodes_bit_for_bit",
+    ),
+    (
+        "gymnasium: a worker judges by the return alone",
+        _SINGLE,
+        "next((bool(info[key]) for key in SUCCESS_KEYS if key in info), reached)",
+        "reached",
+        f"{_GYMNASIUM_TEST}::test_workers_play_the_same_episodes_bit_for_bit",
+    ),
+    (
+        "gymnasium: workers have no time limit but the usual one",
+        _GYMNASIUM,
+        ", time_limit=config.time_limit",
+        "",
+        f"{_GYMNASIUM_TEST}::test_a_worker_that_dies_or_hangs_is_replaced_and_its_episodes_are_lost",
+    ),
+    (
+        "gymnasium: filmed unasked",
+        _GYMNASIUM,
+        "        if config.render:",
+        "        if True:",
+        f"{_GYMNASIUM_TEST}::test_it_can_be_filmed_only_if_asked_to",
+    ),
+    (
+        "gymnasium: workers clip what is no choice",
+        "mmrl/workers/environment.py",
+        "        if self.action_spec.discrete:",
+        "        if False:",
+        f"{_GYMNASIUM_TEST}::test_actions_that_are_none_are_refused",
+    ),
+    (
+        "gymnasium: workers ask those that are done for choices",
+        "mmrl/workers/environment.py",
+        "refuse_other_choices(actions[self._running_B.numpy()], ",
+        "refuse_other_choices(actions, ",
+        f"{_GYMNASIUM_TEST}::test_actions_that_are_none_are_refused",
     ),
     (
         "ppo: each micro-batch has advantages of its own",
@@ -143,17 +229,10 @@ GYMNASIUM: tuple[Row, ...] = (
         "tests/core/test_evaluation.py::test_every_task_counts_once",
     ),
     (
-        "gymnasium: a process that dies ends in a traceback",
-        "simulators/gymnasium.py",
-        "except (EOFError, ConnectionError, multiprocessing.TimeoutError) as error:",
-        "except multiprocessing.TimeoutError as error:",
-        "tests/simulators/test_gymnasium.py::test_a_process_that_dies_or_hangs_ends_in_a_sentence",
-    ),
-    (
-        "gymnasium: a process that hangs outlives the run",
-        "simulators/gymnasium.py",
-        "        die_with_the_parent(builder)",
-        "        pass",
-        "tests/simulators/test_gymnasium.py::test_no_process_outlives_the_run_even_if_it_hangs",
+        "building: parts whose config has no processes get none",
+        "mmrl/building.py",
+        '(not hasattr(cls, "simulates_apart") or cls.simulates_apart(component.config))',
+        "True",
+        "tests/core/test_remote.py::test_parts_get_processes_unless_the_config_has_some",
     ),
 )

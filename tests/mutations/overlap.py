@@ -80,8 +80,8 @@ OVERLAP: tuple[Row, ...] = (
     (
         "building: parts run in the policy's process",
         "mmrl/building.py",
-        "if parts == 1 or issubclass",
-        "if True or issubclass",
+        "if parts == 1 or _simulates_apart",
+        "if True or _simulates_apart",
         f"{_REMOTE}::test_parts_are_built_as_the_simulator_needs_them",
     ),
 )

@@ -1,4 +1,4 @@
-"""A gymnasium environment with image observations, MultiDiscrete actions and ``is_success``, registered as Pixels-v0."""
+"""gymnasium environments: Pixels-v0, with images, MultiDiscrete actions and ``is_success``, and Odd-v0, with what is rare."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, MultiDiscrete
+from gymnasium.spaces import Box, Discrete, MultiDiscrete, Sequence, Text
 
 SIZE, LIMIT = 8, 10
 
@@ -44,4 +44,27 @@ class Pixels(gymnasium.Env):
         return board
 
 
+class Odd(gymnasium.Env):
+    """Counts actions in whole numbers, 1 of reward each; ends with the second 1, and only then says whether it was a success: no.
+
+    seen="grows", done="text": spaces of which nothing can be made.
+    """
+
+    def __init__(self, seen: str = "number", done: str = "choice") -> None:
+        self.observation_space = Sequence(Box(0, 1)) if seen == "grows" else Box(0, 9, (), np.int64)
+        self.action_space = Text(3) if done == "text" else Discrete(2, start=-1)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.age, self.ones = 0, 0
+        return np.array(self.age), {}
+
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        assert self.action_space.contains(action), action
+        self.age, self.ones = self.age + 1, self.ones + int(action) + 1
+        done = self.ones == 2
+        return np.array(self.age), 1.0, done, False, {"is_success": False} if done else {}
+
+
+gymnasium.register("Odd-v0", entry_point=Odd, max_episode_steps=9)
 gymnasium.register("Pixels-v0", entry_point=Pixels, max_episode_steps=LIMIT)

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from mmrl.errors import ActionError, MMRLError
 from mmrl.progress import Quiet
 from mmrl.protocols import RenderEnvironment
 from mmrl.registry import ROOT, install_command
-from mmrl.types import Step
+from mmrl.types import Observation, Step
 
 if importlib.util.find_spec("gymnasium") is None and os.environ.get("CI") != "true":
     pytest.skip(f"gymnasium is not installed; install it with: {install_command('gymnasium')}", allow_module_level=True)
@@ -30,7 +29,8 @@ if importlib.util.find_spec("gymnasium") is None and os.environ.get("CI") != "tr
 import gymnasium
 import numpy as np
 
-from simulators.gymnasium import Gymnasium, action_spec, seed_of
+from simulators.gymnasium import Gymnasium
+from simulators.gymnasium_parts.making import action_spec, native, seed_of
 from tests.simulators import pixels
 
 PIXELS = f"{pixels.__name__}:Pixels-v0"
@@ -91,11 +91,11 @@ def assert_same_episode(steps: list[Step], slot: int, moments: list[tuple[Any, f
 # -- the same as gymnasium ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_cartpole_is_gymnasium_s(make: Maker, vectorization: str) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cartpole_is_gymnasium_s(make: Maker, workers: int) -> None:
     """Random actions let the pole fall at different moments; 40 steps are beyond every end."""
     actions = torch.randint(0, 2, (40, 3, 1), generator=torch.Generator().manual_seed(1)).float()
-    steps = play(make(vectorization=vectorization, max_steps=30), actions)
+    steps = play(make(workers=workers, max_steps=30), actions)
     lengths = []
     for slot, task in enumerate(TASKS):
         moments = by_hand("CartPole-v1", task, actions[:, slot, 0].long().tolist(), max_episode_steps=30)
@@ -117,12 +117,13 @@ def test_pendulum_is_gymnasium_s_with_actions_clipped(make: Maker) -> None:
 def test_an_environment_gets_nothing_beyond_its_bounds(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pendulum would clip by itself, others would not; what a slot that is done is told does not reach its environment either."""
     environment, given = make(id="Pendulum-v1", max_steps=2), []
-    step = environment._vector.step
-    monkeypatch.setattr(environment._vector, "step", lambda actions: (given.append(actions.copy()), step(actions))[1])
+    inner: Any = environment._inner
+    step = inner._vector.step
+    monkeypatch.setattr(inner._vector, "step", lambda actions: (given.append(actions.copy()), step(actions))[1])
     play(environment, torch.tensor([[[5.0], [-9.0], [1.0]], [[-2.5], [0.5], [2.0]]]))
     assert [actions[:, 0].tolist() for actions in given] == [[2.0, -2.0, 1.0], [-2.0, 0.5, 2.0]]
-    environment._terminated_B[1] = True
-    environment._truncated_B[:] = [False, False, False]
+    inner._terminated_B[1] = True
+    inner._truncated_B[:] = [False, False, False]
     environment.step(torch.tensor([0.1, float("nan"), 9.0]).view(3, 1, 1))
     assert given[-1][:, 0].tolist() == pytest.approx([0.1, 0.0, 2.0])
 
@@ -152,11 +153,12 @@ def test_a_slot_that_is_done_can_be_reset_while_others_run(make: Maker) -> None:
         assert torch.equal(step.observation.state[0], torch.from_numpy(moment[0])) and step.valid_BC[0, 0]
 
 
-def test_an_end_by_itself_at_the_time_limit_is_no_truncation(make: Maker) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_end_by_itself_at_the_time_limit_is_no_truncation(make: Maker, workers: int) -> None:
     """Seven times down reaches the last row with the last action that the limit allows."""
-    step = play(make(id=PIXELS, max_steps=7), torch.tensor([[0.0, 1.0]]).expand(7, 3, 2))[-1]
+    step = play(make(id=PIXELS, max_steps=7, workers=workers), torch.tensor([[0.0, 1.0]]).expand(7, 3, 2))[-1]
     assert step.terminated_B.all() and not step.truncated_B.any()
-    step = play(make(id=PIXELS, max_steps=6), torch.tensor([[0.0, 1.0]]).expand(6, 3, 2))[-1]
+    step = play(make(id=PIXELS, max_steps=6, workers=workers), torch.tensor([[0.0, 1.0]]).expand(6, 3, 2))[-1]
     assert step.truncated_B.all() and not step.terminated_B.any()
 
 
@@ -186,12 +188,17 @@ def test_other_observations_are_flattened_as_gymnasium_does(make: Maker) -> None
     assert state is not None and torch.equal(state, torch.eye(16)[:1].expand(3, 16))
 
 
-def test_actions_that_are_none_are_refused(make: Maker) -> None:
-    environment = make()
+@pytest.mark.parametrize("workers", [0, 2])
+def test_actions_that_are_none_are_refused(make: Maker, workers: int) -> None:
+    """Before any environment is stepped, so that it can go on; of a slot that is done nothing is asked."""
+    environment = make(workers=workers, max_steps=2)
     environment.reset(torch.tensor(TASKS))
     for wrong in (2.0, -1.0, 0.5, float("nan")):
-        with pytest.raises(ActionError, match=r"whole numbers .*'policy\.choices'"):
+        with pytest.raises(ActionError, match=r"whole numbers from \[0\.0\] to \[1\.0\]; .*'policy\.choices'"):
             environment.step(torch.tensor([0.0, wrong, 1.0]).view(3, 1, 1))
+    assert environment.step(torch.zeros(3, 2, 1)).truncated_B.all()
+    environment.reset(torch.tensor(TASKS), torch.tensor([True, False, True]))
+    assert environment.step(torch.tensor([0.0, 7.5, 1.0]).view(3, 1, 1)).valid_BC[:, 0].tolist() == [True, False, True]
 
 
 def test_spaces_that_no_policy_could_act_in_are_refused(make: Maker) -> None:
@@ -221,16 +228,17 @@ def test_success_is_a_return_where_the_environment_says_nothing(make: Maker) -> 
     assert not play(make(id="Pendulum-v1"), torch.zeros(2, 3, 1))[-1].metrics["success"].any()  # registered without
 
 
-@pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_it_can_be_filmed_only_if_asked_to(make: Maker, vectorization: str) -> None:
-    assert not isinstance(make(id=PIXELS), RenderEnvironment)
-    environment = make(id=PIXELS, render=True, vectorization=vectorization)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_it_can_be_filmed_only_if_asked_to(make: Maker, workers: int) -> None:
+    assert not isinstance(make(id=PIXELS, workers=workers), RenderEnvironment)
+    environment = make(id=PIXELS, render=True, workers=workers)
     assert isinstance(environment, RenderEnvironment)
     board = environment.reset(torch.tensor(TASKS)).images["camera"]
     frames = environment.render_video(torch.tensor([2, 0]))
     assert torch.equal(frames, board[[2, 0]].repeat_interleave(4, 1).repeat_interleave(4, 2))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -238,65 +246,127 @@ def test_it_can_be_filmed_only_if_asked_to(make: Maker, vectorization: str) -> N
         ({"id": "no_such_package_here:Thing-v0"}, r"environment\.id = no_such_package_here:Thing-v0: "),
         ({"kwargs": {"gravity_of_the_moon": 1}}, r"environment\.kwargs = \{'gravity_of_the_moon': 1\} do not fit CartPole-v1"),
         ({"id": "Blackjack-v1"}, r"Blackjack-v1 is registered without a time limit: set environment\.max_steps"),
+        ({"id": f"{pixels.__name__}:Odd-v0", "kwargs": {"seen": "grows"}}, r"Odd-v0 has observations of Sequence\(.*with a Box"),
+        ({"id": f"{pixels.__name__}:Odd-v0", "kwargs": {"done": "text"}}, r"Odd-v0 has actions of Text\(.*flat MultiDiscrete"),
     ],
 )
-def test_mistakes_end_in_a_sentence(fields: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(MMRLError, match=sentence):
-        Gymnasium(Gymnasium.Config(**fields), num_envs=2, device=torch.device("cpu"))
+def test_mistakes_end_in_a_sentence(fields: dict[str, Any], sentence: str, workers: int) -> None:
+    with pytest.raises(MMRLError, match=f"^.*{sentence}"):
+        Gymnasium(Gymnasium.Config(**fields, workers=workers), num_envs=2, device=torch.device("cpu"))
 
 
-def test_closing_ends_every_process() -> None:
-    environment = Gymnasium(Gymnasium.Config(vectorization="async"), num_envs=2, device=torch.device("cpu"))
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("CartPole-v1", {"max_steps": 30, "success_return": 20.0}),
+        ("Pendulum-v1", {"max_steps": 14}),
+        (PIXELS, {}),
+        (f"{pixels.__name__}:Odd-v0", {"success_return": 2.5}),
+    ],
+)
+def test_workers_play_the_same_episodes_bit_for_bit(make: Maker, name: str, fields: dict[str, Any]) -> None:
+    """Chunks of three actions, some beyond the bounds; slots are done in the middle of a chunk and wait there, or start again."""
+    alone, apart = make(5, id=name, **fields), make(5, id=name, workers=2, **fields)
+    spec, generator = alone.action_spec, torch.Generator().manual_seed(3)
+    assert (spec, alone.max_steps) == (apart.action_spec, apart.max_steps)
+    low_A, high_A = torch.tensor(spec.low), torch.tensor(spec.high)
+    tasks_B = torch.tensor([7, 2**41 + 3, 20, 7, 0])
+    assert_same(alone.reset(tasks_B), apart.reset(tasks_B))
+    ended, waited = 0, False
+    for moment in range(24):
+        draws = torch.rand(5, 3, spec.dim, generator=generator)
+        actions = (low_A + (high_A - low_A) * draws).round() if spec.discrete else 1.5 * (low_A + (high_A - low_A) * draws)
+        ours, theirs = alone.step(actions), apart.step(actions)
+        assert_same(ours.observation, theirs.observation)
+        for key in ("rewards_BC", "valid_BC", "terminated_B", "truncated_B", "lost_B"):
+            assert torch.equal(getattr(ours, key), getattr(theirs, key)), key
+        assert torch.equal(ours.metrics["success"], theirs.metrics["success"])
+        waited |= bool((~ours.valid_BC[:, 0]).any())
+        if moment % 2 and ours.done_B.any():
+            ended += int(ours.done_B.sum())
+            tasks_B = torch.where(ours.done_B, tasks_B + 10, tasks_B)
+            assert_same(alone.reset(tasks_B, ours.done_B), apart.reset(tasks_B, ours.done_B))
+    assert ended > 5 and waited
+
+
+def assert_same(ours: Observation, theirs: Observation) -> None:
+    assert ours.instructions == theirs.instructions and ours.images.keys() == theirs.images.keys()
+    assert all(torch.equal(image, theirs.images[camera]) for camera, image in ours.images.items())
+    if ours.state is None or theirs.state is None:
+        assert ours.state is theirs.state
+    else:
+        assert ours.state.dtype == theirs.state.dtype and torch.equal(ours.state, theirs.state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_success_of_a_slot_is_its_own_environment_s_to_tell(make: Maker, workers: int) -> None:
+    """Odd says at its end that it was no success. Until then it is silent, and the return decides, whatever others say."""
+    environment = make(2, id=f"{pixels.__name__}:Odd-v0", success_return=2.0, workers=workers)
+    environment.reset(torch.tensor([0, 1]))
+    said = []
+    for down in ([0.0, 1.0], [0.0, 1.0], [0.0, 0.0]):
+        said.append(environment.step(torch.tensor(down).view(2, 1, 1)).metrics["success"].tolist())
+    assert said == [[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_first_reset_may_be_of_some_slots(make: Maker, workers: int) -> None:
+    environment = make(3, workers=workers)
+    state = environment.reset(torch.tensor(TASKS), torch.tensor([False, True, False])).state
+    whole = make(3).reset(torch.tensor(TASKS)).state
+    assert state is not None and whole is not None
+    assert torch.equal(state[1], whole[1]) and not state[[0, 2]].any()
+    step = environment.step(torch.ones(3, 1, 1))
+    assert step.valid_BC[:, 0].tolist() == [False, True, False] and step.rewards_BC[:, 0].tolist() == [0.0, 1.0, 0.0]
+
+
+def test_bounds_that_are_none_in_float32_hold_exactly() -> None:
+    space = gymnasium.spaces.Box(np.array([-0.7, -0.3]), np.array([0.3, 0.7]), dtype=np.float64)
+    taken = native(space, np.array([[9.0, 9.0], [-9.0, -9.0], [0.25, -0.25]], np.float32))
+    as_workers_clip = np.array([0.3, 0.7], np.float32)
+    assert taken.dtype == np.float64 and all(space.contains(row) for row in taken) and taken[2].tolist() == [0.25, -0.25]
+    assert native(space, as_workers_clip).tolist() == taken[0].tolist() and taken[0, 0] == 0.3
+
+
+@pytest.mark.parametrize("stop", ["SIGKILL", "SIGSTOP"])
+def test_a_worker_that_dies_or_hangs_is_replaced_and_its_episodes_are_lost(make: Maker, stop: str) -> None:
+    environment = make(3, workers=2, time_limit=2.0 if stop == "SIGSTOP" else 60.0)
+    pool = environment._inner.pool
+    assert pool.time_limit == environment.config.time_limit
+    environment.reset(torch.tensor(TASKS))
+    environment.step(torch.zeros(3, 1, 1))
+    os.kill(pool.pids[0] or -1, getattr(signal, stop))  # it holds the first two slots
+    step = environment.step(torch.ones(3, 1, 1))
+    assert step.lost_B.tolist() == [True, True, False] and step.valid_BC[:, 0].tolist() == [False, False, True]
+    assert not step.rewards_BC[:2].any() and not step.done_B[2] and pool.lost == 1
+    pool.time_limit = 60.0  # for a new process on a busy machine
+    after = environment.reset(torch.tensor([5, 6, 20]), torch.tensor([True, True, False]))
+    fresh = make(3).reset(torch.tensor([5, 6, 20])).state
+    assert after.state is not None and fresh is not None and torch.equal(after.state[:2], fresh[:2])
+    step = environment.step(torch.zeros(3, 1, 1))
+    assert not step.lost_B.any() and step.valid_BC.all() and step.rewards_BC[:, 0].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_closing_ends_every_process(workers: int) -> None:
+    environment = Gymnasium(Gymnasium.Config(workers=workers), num_envs=2, device=torch.device("cpu"))
     environment.reset(torch.tensor([1, 2]))
-    assert len(multiprocessing.active_children()) >= 2
+    pids = environment._inner.pool.pids if workers else []
+    assert len(multiprocessing.active_children()) >= len(pids) == workers
     environment.close()
-    assert not multiprocessing.active_children()
+    environment.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid or -1, 0)
 
 
-@pytest.mark.parametrize(("stop", "sentence"), [("SIGKILL", "died in 'step'"), ("SIGSTOP", r"took more than 0\.5 seconds")])
-def test_a_process_that_dies_or_hangs_ends_in_a_sentence(make: Maker, stop: str, sentence: str) -> None:
-    environment = make(2, vectorization="async", time_limit=0.5 if stop == "SIGSTOP" else 60.0)
-    environment.reset(torch.tensor([1, 2]))
-    ids = [process.pid for process in environment._vector.processes]
-    os.kill(ids[0], getattr(signal, stop))
-    with pytest.raises(MMRLError, match=rf"a process of CartPole-v1 {sentence}.* collect\.parts"):
-        for _ in range(2):  # what a process said before it died still counts
-            environment.step(torch.zeros(2, 1, 1))
-    assert not {process.pid for process in multiprocessing.active_children()} & set(ids)
-
-
-def test_no_process_outlives_the_run_even_if_it_hangs(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import os, signal, torch\n"
-        "from simulators.gymnasium import Gymnasium\n"
-        "config = Gymnasium.Config(vectorization='async')\n"
-        "environment = Gymnasium(config, num_envs=2, device=torch.device('cpu'))\n"
-        "ids = [process.pid for process in environment._vector.processes]\n"
-        "os.kill(ids[0], signal.SIGSTOP)\n"
-        "print(*ids, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with (tmp_path / "said").open("w") as said:  # no pipe: what stays would hold it open
-        subprocess.run([sys.executable, str(script)], env=environment, stdout=said, check=False, timeout=120)
-    ids = [int(word) for word in (tmp_path / "said").read_text().split()]
-    assert len(ids) == 2
-    for _ in range(100):
-        left = [pid for pid in ids if _runs(pid)]
-        if not left:
-            return
-        time.sleep(0.1)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    raise AssertionError(f"{len(left)} processes are left")
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def test_fields_can_be_read_without_gymnasium() -> None:
+    """As those of every simulator: only its parts import it, and with workers not even the run's process does."""
+    script = "import sys, simulators.gymnasium; raise SystemExit('gymnasium' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize("task", ["cartpole", "pendulum"])
