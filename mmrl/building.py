@@ -78,8 +78,8 @@ def build_parts(
 
 
 def _simulates_apart(component: Component) -> bool:
-    cls: Any = component.cls
-    return issubclass(cls, AsyncEnvironment) and (not hasattr(cls, "simulates_apart") or cls.simulates_apart(component.config))
+    says = getattr(component.cls, "simulates_apart", None)
+    return issubclass(component.cls, AsyncEnvironment) and (says is None or says(component.config))
 
 
 def _changed(component: Component, changes: Sequence[tuple[str, Mapping[str, Any]]]) -> Component:
