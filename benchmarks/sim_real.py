@@ -1,12 +1,13 @@
 """Does simulation help in the world, and does an anchor in the world's demonstrations help simulation's RL? (RL-Co)
 
-    python benchmarks/sim_real.py [--seeds 0 1 2] [--weights 0 0.05 0.2 1] [--jobs 2] [key=value ...]
+    python benchmarks/sim_real.py [--recipe sim_real|sim_real_slow] [--seeds 0 1 2] [--weights 0 0.05 0.2 1] [--jobs 2] [key=value ...]
 
 Some ways to use a few demonstrations from the world (the tabletop's domain ``real``) and a free simulation, each judged in both:
 imitation of the world's demonstrations alone, imitation of those and of simulated ones, and from the latter PPO in simulation
 with an imitation loss on the world's demonstrations of weight 0 (no anchor) or more. Every run is ``mmrl train`` of a config in
-configs/sim_real/ in a process of its own, so the table can be had by hand too. Finished runs are kept under --output and not
-repeated. Further arguments are overrides for all runs.
+configs/RECIPE/ in a process of its own, so the table can be had by hand too: in sim_real the world's demonstrations show what is
+wanted and those of simulation are slow, in sim_real_slow all are too slow for the world's time limit. Finished runs are kept under
+--output and not repeated. Further arguments are overrides for all runs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mmrl.metrics import read
 from mmrl.numerics.statistics import percent
 
 DOMAINS = ("real", "sim")
-CONFIGS = ROOT / "configs" / "sim_real"
+RECIPES = ("sim_real", "sim_real_slow")  # folders of configs
 
 
 def success(run: Path, domain: str) -> float:
@@ -45,30 +46,32 @@ def run_once(name: str, config: Path, seed: int, output: Path, settings: list[st
     return run
 
 
-def train_seed(seed: int, weights: list[float], output: Path, overrides: list[str]) -> dict[str, Path]:
+def train_seed(configs: Path, seed: int, weights: list[float], output: Path, overrides: list[str]) -> dict[str, Path]:
     """The runs of one seed, by the label of their row."""
-    runs = {"imitation, world only": run_once("real_only", CONFIGS / "real_only.yaml", seed, output, overrides)}
-    co_trained = run_once("co_trained", CONFIGS / "co_trained.yaml", seed, output, overrides)
+    runs = {"imitation, world only": run_once("real_only", configs / "real_only.yaml", seed, output, overrides)}
+    co_trained = run_once("co_trained", configs / "co_trained.yaml", seed, output, overrides)
     runs["imitation, world and simulation"] = co_trained
     for weight in weights:
         settings = [f"policy.checkpoint={co_trained / 'policy'}", f"stages.improve.supervised.weight={weight}", *overrides]
         label = f"then PPO in simulation, {f'anchor {weight:g}' if weight else 'no anchor'}"
-        runs[label] = run_once(f"rl_{weight:g}", CONFIGS / "rl_co.yaml", seed, output, settings)
+        runs[label] = run_once(f"rl_{weight:g}", configs / "rl_co.yaml", seed, output, settings)
     return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=RECIPES, default=RECIPES[0], help="folder of configs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--weights", nargs="+", type=float, default=[0.0, 0.05, 0.2, 1.0])
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, each on one thread")
-    parser.add_argument("--output", type=Path, default=Path("runs", "sim_real"), help="folder of runs")
+    parser.add_argument("--output", type=Path, help="folder of runs (runs/RECIPE)")
     arguments, overrides = parser.parse_known_args()
-    output, started = arguments.output.resolve(), time.perf_counter()
+    configs, started = ROOT / "configs" / arguments.recipe, time.perf_counter()
+    output = (arguments.output or Path("runs", arguments.recipe)).resolve()
     weights, settings = arguments.weights, ["threads=1", *overrides]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        seeds = list(pool.map(lambda seed: train_seed(seed, weights, output, settings), arguments.seeds))
-    table = Table(title="Success on held-out layouts, mean over seeds (± 95 % t-interval)")
+        seeds = list(pool.map(lambda seed: train_seed(configs, seed, weights, output, settings), arguments.seeds))
+    table = Table(title=f"{arguments.recipe}: success on held-out layouts, mean over seeds (± 95 % t-interval)")
     for column in ("training", "in the world", "in simulation", "minutes", "seeds"):
         table.add_column(column)
     for label in seeds[0]:
