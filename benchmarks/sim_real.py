@@ -1,13 +1,13 @@
 """Does simulation help in the world, and does an anchor in the world's demonstrations help simulation's RL? (RL-Co)
 
-    python benchmarks/sim_real.py [--recipe sim_real|sim_real_slow] [--seeds 0 1 2] [--weights 0 0.05 0.2 1] [--jobs 2] [key=value ...]
+    python benchmarks/sim_real.py [--recipe sim_real_slow] [--seeds 0 1 2] [--weights 0 0.05 0.2 1] [--jobs 2] [key=value ...]
 
 Some ways to use a few demonstrations from the world (the tabletop's domain ``real``) and a free simulation, each judged in both:
 imitation of the world's demonstrations alone, imitation of those and of simulated ones, and from the latter PPO in simulation
 with an imitation loss on the world's demonstrations of weight 0 (no anchor) or more. Every run is ``mmrl train`` of a config in
-configs/RECIPE/ in a process of its own, so the table can be had by hand too: in sim_real the world's demonstrations show what is
-wanted and those of simulation are slow, in sim_real_slow all are too slow for the world's time limit. Finished runs are kept under
---output and not repeated. Further arguments are overrides for all runs.
+configs/RECIPE/ in a process of its own, so the table can be had by hand too. In sim_real (the default) the world's demonstrations
+show what is wanted and those of simulation are slow; in sim_real_slow all of them are too slow for the world's time limit.
+Finished runs are kept under --output and not repeated. Further arguments are overrides for all runs.
 """
 
 from __future__ import annotations
