@@ -29,7 +29,7 @@ REAL = component.resolve
 class Mute:
     """A policy that can be scored and imitated, but is no flow model."""
 
-    evaluate = pack = supervised_loss = None
+    act = evaluate = pack = supervised_loss = None
     Config = Field.Config
 
 

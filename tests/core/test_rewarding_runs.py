@@ -147,6 +147,7 @@ class Asking:
 class Mute:
     """An environment without conversations."""
 
+    reset = step = None
     Config = Asking.Config
 
 
