@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from mmrl.errors import refuse_other_actions, refuse_other_choices
 from mmrl.types import Observation, Step
+from mmrl.workers.at_once import AtOnce
 from simulators.gymnasium_parts.making import CAMERA, SUCCESS_KEYS, Array, facts_of, make, native, seed_of
 from simulators.gymnasium_parts.options import Options
 
 
-class Batched:
+class Batched(AtOnce):
     """``num_envs`` slots in lock-step.
 
     gymnasium restarts an environment by itself at the step after its end; what it shows from then on is ignored until the slot is
@@ -70,15 +71,6 @@ class Batched:
             truncated_B=self._tensor(self._truncated_B),
             metrics={"success": self._tensor(self._success_B, torch.float32)},
         )
-
-    def begin_reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Callable[[], Observation]:
-        """At once: there is no other process."""
-        observation = self.reset(task_ids_B, where_B)
-        return lambda: observation
-
-    def begin_step(self, actions_BCA: Tensor) -> Callable[[], Step]:
-        step = self.step(actions_BCA)
-        return lambda: step
 
     def render_video(self, index_M: Tensor) -> Tensor:
         return torch.from_numpy(np.stack([np.asarray(self._vector.envs[i].render()) for i in index_M.tolist()]))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from mmrl.errors import MMRLError, refuse_other_actions
 from mmrl.types import Observation, Step
+from mmrl.workers.at_once import AtOnce
 from simulators.maniskill_parts.experts import expert_action
 from simulators.maniskill_parts.options import Options
 from simulators.maniskill_parts.scene import Scene
 
 
-class Batched:
+class Batched(AtOnce):
     """``num_envs`` slots in lock-step.
 
     A slot that is done is simulated on, for PhysX knows no other way, but nobody sees it: what it showed at its end is kept.
@@ -77,15 +76,6 @@ class Batched:
             truncated_B=self._late_B.clone(),
             metrics={name: value_B.clone() for name, value_B in self._metrics.items()},
         )
-
-    def begin_reset(self, task_ids_B: Tensor, where_B: Tensor | None = None) -> Callable[[], Observation]:
-        """At once: policy and simulation share the device."""
-        observation = self.reset(task_ids_B, where_B)
-        return lambda: observation
-
-    def begin_step(self, actions_BCA: Tensor) -> Callable[[], Step]:
-        step = self.step(actions_BCA)
-        return lambda: step
 
     def expert_action(self) -> Tensor:
         options = self.options
